@@ -1,0 +1,23 @@
+"""Inverse problems that recur: one joint density over incomplete rows, every conditional of it a Pyro distribution."""
+
+from pyro_invman.data import from_columns, read, validate
+from pyro_invman.density.queries import QueryMix
+from pyro_invman.distributions import ConditionalFlow
+from pyro_invman.joint import JointFlow, load
+from pyro_invman.training import Schedule
+from pyro_invman.variables import DataError, Variable, Variables
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConditionalFlow",
+    "DataError",
+    "JointFlow",
+    "QueryMix",
+    "Schedule",
+    "Variable",
+    "Variables",
+    "from_columns",
+    "load",
+    "read",
+    "validate",
+]

@@ -1,0 +1,1 @@
+"""Densities over incomplete rows, in torch alone."""

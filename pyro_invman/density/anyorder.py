@@ -1,0 +1,264 @@
+r"""The any-order autoregressive flow: one network for every conditional of a row.
+
+For targets :math:`t_1, \dots, t_n` and given cells :math:`g`, in the canonical order of the columns,
+
+.. math:: \log p(t \mid g) = \sum_k \log p(t_k \mid g, t_{<k}),
+
+where each factor is a one-dimensional head whose parameters come from a network that sees which cells are known.
+
+References:
+    Uria, Murray & Larochelle, *A deep and tractable density estimator*, ICML 2014.
+    Shih, Sadigh & Ermon, *Training and inference on any-order autoregressive models the right way*, NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_invman.density.context import Context, Layout
+from pyro_invman.density.univariate import Mixture, Spline
+
+class Parameters(NamedTuple):
+    """Raw parameters of continuous heads (..., T, P), the base's mean and scale (..., T), logits of categorical ones."""
+
+    raw: Tensor
+    mean: Tensor
+    scale: Tensor
+    logits: Tensor | None
+
+
+class Block(nn.Module):
+    """A residual block, the identity when new."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(F.silu(self.up(F.silu(self.norm(hidden)))))
+
+
+class AnyOrderFlow(nn.Module):
+    """p(any cells | any others) of one row, in working coordinates.
+
+    Arguments:
+        layout: what the columns are.
+        width: of the hidden layers.
+        trunk_blocks: residual blocks that see the known cells.
+        head_blocks: residual blocks that see the target too.
+        head: ``mixture`` of truncated normals, or monotone rational-quadratic ``spline``.
+        components: of the mixture, or bins of the spline.
+        min_scale: smallest scale of a component, in units of the Gaussian base's conditional scale.
+        group_width: of the network that reads the members of an exchangeable group.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    categorical: Tensor
+    num_levels: Tensor
+    slot: Tensor
+
+    def __init__(
+        self,
+        layout: Layout,
+        width: int = 128,
+        trunk_blocks: int = 3,
+        head_blocks: int = 1,
+        head: str = "mixture",
+        components: int = 16,
+        min_scale: float = 1e-3,
+        group_width: int = 64,
+    ) -> None:
+        super().__init__()
+        if head not in ("mixture", "spline"):
+            raise ValueError(f"head: expected 'mixture' or 'spline', found {head!r}")
+        self.layout, self.kind, self.components, self.min_scale = layout, head, components, min_scale
+        self.dim, self.max_levels = len(layout.levels), max(layout.levels)
+        self.bounded = bool((layout.lower.isfinite() | layout.upper.isfinite()).any())
+        self.context = Context(layout, group_width)
+        slots = self.context.slots()
+        fixed = {
+            "lower": layout.lower.to(torch.get_default_dtype()),
+            "upper": layout.upper.to(torch.get_default_dtype()),
+            "categorical": torch.tensor([n > 0 for n in layout.levels]),
+            "num_levels": torch.tensor(layout.levels),
+            "slot": torch.tensor(slots),
+        }
+        for name, entries in fixed.items():
+            self.register_buffer(name, entries, persistent=False)
+        self.enter = nn.Linear(self.context.num_features, width)
+        self.trunk = nn.ModuleList(Block(width) for _ in range(trunk_blocks))
+        self.slot_embedding = nn.Embedding(max(slots) + 1, width)
+        self.query = nn.Linear(2 + self.context.own_size, width)
+        self.head = nn.ModuleList(Block(width) for _ in range(head_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, 3 * components + (head == "spline"))
+        self.out_levels = nn.Linear(width, self.max_levels) if self.max_levels else None
+        with torch.no_grad():
+            self.out.weight.zero_()
+            self.out.bias.zero_()
+            if head == "mixture":  # close to a standard normal, of components that differ
+                spread = torch.special.ndtri((torch.arange(components) + 0.5) / components)
+                start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
+                self.out.bias.copy_(start.flatten())
+
+    def fit_base(self, values: Tensor) -> None:
+        """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""
+        self.context.fit(values)
+
+    def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor) -> Parameters:
+        """What the heads of `targets` (B, T) need, given the cells of `values` (B, D) that are `known` (B, D)."""
+        seen = self.context(values, known)
+        hidden = self.enter(seen.features)
+        for block in self.trunk:
+            hidden = block(hidden)
+        cells = self.context.first[targets]
+        mean, scale = seen.mean.gather(1, cells), seen.scale.gather(1, cells)
+        asked = torch.cat([mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1)
+        hidden = hidden.unsqueeze(1) + self.slot_embedding(self.slot[targets]) + self.query(asked)
+        for block in self.head:
+            hidden = block(hidden)
+        hidden = F.silu(self.norm(hidden))
+        logits = None if self.out_levels is None else self.out_levels(hidden)
+        return Parameters(self.out(hidden), mean, scale, logits)
+
+    def cell(self, raw: Tensor, m: Tensor, s: Tensor, targets: Tensor) -> Mixture | Spline:
+        """The heads of continuous targets, in working coordinates: shaped around the base's mean and scale."""
+        bounds = (self.lower[targets], self.upper[targets]) if self.bounded else (None, None)
+        if self.kind == "spline":
+            widths, heights, slopes = raw.split([self.components, self.components, self.components + 1], -1)
+            return Spline(widths, heights, slopes, m, s, *bounds)
+        logits, loc, log_scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
+        scale = self.min_scale + log_scale.clamp(-12.0, 2.0).exp()
+        loc, scale = m.unsqueeze(-1) + s.unsqueeze(-1) * loc, s.unsqueeze(-1) * scale
+        if bounds[0] is None or bounds[1] is None:
+            return Mixture(logits, loc, scale)
+        reach = 3.0 * scale.detach()  # a component far outside the support would hold no mass to tell it by
+        loc = loc.maximum(bounds[0].unsqueeze(-1) - reach).minimum(bounds[1].unsqueeze(-1) + reach)
+        return Mixture(logits, loc, scale, *bounds)
+
+    def cell_log_prob(self, values: Tensor, known: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
+        """log p(answer | known cells) (B, T) of each target on its own.
+
+        `values` (B, D) is read where `known` (B, D) is true; `targets` (B, T) are columns, `answers` (B, T) their values.
+        """
+        return self._score(self.parameters_of(values, known, targets), targets, answers)
+
+    def _score(self, parameters: Parameters, targets: Tensor, answers: Tensor) -> Tensor:
+        raw, mean, scale, logits = parameters
+        if logits is None:
+            return self.cell(raw, mean, scale, targets).log_prob(answers)
+        discrete = self.categorical[targets]
+        continuous = self.cell(raw, mean, scale, targets).log_prob(torch.where(discrete, mean.detach(), answers))
+        code = torch.where(discrete, answers, 0.0).long().clamp(0, self.max_levels - 1)
+        log_mass = self._log_mass(logits, targets).expand(*continuous.shape, self.max_levels)
+        picked = log_mass.gather(-1, code.expand(continuous.shape).unsqueeze(-1)).squeeze(-1)
+        return torch.where(discrete, picked, continuous)
+
+    def _log_mass(self, logits: Tensor, targets: Tensor) -> Tensor:
+        levels = self.num_levels[targets].clamp_min(1).unsqueeze(-1)
+        beyond = torch.arange(self.max_levels, device=logits.device) >= levels
+        return logits.masked_fill(beyond, -math.inf).log_softmax(-1)
+
+    def _ask(self, row: Tensor, known: Tensor, target: int) -> tuple[Parameters, Tensor]:
+        """Parameters of one target for rows (..., D), and its column as a tensor (...,)."""
+        row, known = torch.broadcast_tensors(row, known)
+        shape = row.shape[:-1]
+        column = torch.full(shape, target, dtype=torch.long, device=row.device)
+        flat = self.parameters_of(row.reshape(-1, self.dim), known.reshape(-1, self.dim), column.reshape(-1, 1))
+        raw, mean, scale, logits = flat
+        return Parameters(
+            raw.reshape(*shape, raw.shape[-1]),
+            mean.reshape(shape),
+            scale.reshape(shape),
+            None if logits is None else logits.reshape(*shape, self.max_levels),
+        ), column
+
+    # ------------------------------------------------------------------ whole queries
+    def log_prob(
+        self, given: Tensor, known: Tensor, targets: Sequence[int], answers: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
+        r"""Exact :math:`\log p(t \mid g)` in one pass.
+
+        Arguments:
+            given: working values (..., D), read where `known` (..., D) is true.
+            targets: n columns, in the order of the chain.
+            answers: their values (sample..., ..., n), broadcasting against `given` from the right.
+            wanted: which answers count (sample..., ..., n); the others are marginalised. None: all.
+
+        Returns:
+            (sample..., ...)
+        """
+        shape = torch.broadcast_shapes(given.shape[:-1], answers.shape[:-1])
+        if not targets:
+            return answers.new_zeros(shape)
+        if wanted is not None:  # anything inside the support serves where a target does not count
+            inside = (0.5 * (self.lower + self.upper)).nan_to_num(0.0)
+            answers = torch.where(wanted, answers, inside[list(targets)])
+        parameters, column = self._ask(given, known, targets[0])  # once a given row, however many answers
+        terms = [self._score(parameters, column, answers[..., 0]).expand(shape).unsqueeze(-1)]
+        later = targets[1:]
+        if later:
+            row, seen = given.expand(*shape, self.dim), known.expand(*shape, self.dim)
+            rows, masks = [], []
+            for k, target in enumerate(targets[:-1]):
+                here = torch.arange(self.dim, device=given.device) == target
+                row = torch.where(here, answers[..., k : k + 1], row)
+                seen = seen | (here if wanted is None else here & wanted[..., k : k + 1])
+                rows.append(row)
+                masks.append(seen)
+            columns = torch.tensor(list(later), device=given.device).expand(*shape, len(later))
+            scores = self.cell_log_prob(
+                torch.stack(rows, -2).reshape(-1, self.dim),
+                torch.stack(masks, -2).reshape(-1, self.dim),
+                columns.reshape(-1, 1),
+                answers[..., 1:].expand(columns.shape).reshape(-1, 1),
+            )
+            terms.append(scores.reshape(columns.shape))
+        joined = torch.cat(terms, -1)
+        return (joined if wanted is None else torch.where(wanted, joined, 0.0)).sum(-1)
+
+    def draw(
+        self,
+        given: Tensor,
+        known: Tensor,
+        targets: Sequence[int],
+        shape: Sequence[int],
+        uniform: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws (*shape, n) of the targets, one chain each.
+
+        Arguments:
+            given, known: as in `log_prob`; they broadcast against `shape` from the right.
+            uniform: (*shape, n) in (0, 1): each target is its quantile there, differentiable in the given cells and in
+                the weights. None: plain draws, without gradient.
+        """
+        shape = torch.Size(shape)
+        row, seen, drawn = given, known, []
+        for k, target in enumerate(targets):
+            parameters, column = self._ask(row, seen, target)
+            raw, mean, scale, logits = parameters
+            if logits is not None and self.layout.levels[target]:
+                mass = self._log_mass(logits, column).exp().expand(*shape, self.max_levels)
+                level = torch.rand(shape, generator=generator, dtype=mass.dtype, device=mass.device)
+                level = level if uniform is None else uniform[..., k]
+                code = (mass.cumsum(-1) < level.unsqueeze(-1)).sum(-1)
+                value = code.clamp_max(self.layout.levels[target] - 1).to(mass)
+            else:
+                cell = self.cell(raw, mean, scale, column)
+                value = cell.sample(generator, shape) if uniform is None else cell.icdf(uniform[..., k])
+            drawn.append(value)
+            here = torch.arange(self.dim, device=given.device) == target
+            row, seen = torch.where(here, value.unsqueeze(-1), row), seen | here
+        return torch.stack(drawn, -1) if drawn else given.new_zeros(*shape, 0)

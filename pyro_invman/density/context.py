@@ -1,0 +1,178 @@
+"""What an any-order network sees of a row of which some cells are known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invman.density.gaussian import GaussianBase
+
+_PER_CELL = 4  # value, normal score, leave-one-out residual, known or not
+
+
+class Layout(NamedTuple):
+    """What the D columns of a row are.
+
+    `levels[j]` is the number of levels of a categorical column, 0 for a continuous one; `lower` and `upper` (D,) bound
+    the continuous columns in working coordinates; `groups` lists exchangeable measurements: a group is a tuple of
+    members, a member the tuple of its columns.
+    """
+
+    levels: tuple[int, ...]
+    lower: Tensor
+    upper: Tensor
+    groups: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+
+class Seen(NamedTuple):
+    """`features` (B, F) of the known cells, their members' cells group by group (B, M, ·), and what the Gaussian base
+    says of every cell (B, E)."""
+
+    features: Tensor
+    members: list[Tensor]
+    mean: Tensor
+    scale: Tensor
+
+
+class Context(nn.Module):
+    """Known cells to features.
+
+    A known cell shows as its value, its normal score (so that a skewed or heavy-tailed column is readable at both
+    ends), its leave-one-out residual under the Gaussian base, and a flag. Members of an exchangeable group pass through
+    one shared network and are summed, so their order cannot matter (Zaheer et al., *Deep sets*, NeurIPS 2017). In the
+    base, a categorical column is one indicator a level.
+    """
+
+    owner: Tensor
+    level: Tensor
+    first: Tensor
+    member: Tensor
+    single: Tensor
+    knots: Tensor
+    scores: Tensor
+
+    def __init__(self, layout: Layout, group_width: int = 64, num_knots: int = 33) -> None:
+        super().__init__()
+        self.layout = layout
+        dim = len(layout.levels)
+        sizes = [max(n, 1) for n in layout.levels]
+        owner = [j for j, size in enumerate(sizes) for _ in range(size)]
+        first = [sum(sizes[:j]) for j in range(dim)]
+        grouped = {j for group in layout.groups for member in group for j in member}
+        member = [-1] * dim
+        for group in layout.groups:
+            for m, columns in enumerate(group):
+                for j in columns:
+                    member[j] = m
+        fixed = {
+            "owner": owner,
+            "level": [k for size in sizes for k in range(size)],
+            "first": first,
+            "member": member,
+            "single": [e for e, j in enumerate(owner) if j not in grouped],
+        }
+        for name, entries in fixed.items():
+            self.register_buffer(name, torch.tensor(entries, dtype=torch.long), persistent=False)
+        self.register_buffer("categorical", torch.tensor([n > 0 for n in layout.levels]), persistent=False)
+        for g, group in enumerate(layout.groups):
+            self.register_buffer(f"group_{g}", torch.tensor(group), persistent=False)
+        self.base = GaussianBase(len(owner))
+        self.register_buffer("knots", torch.linspace(-4, 4, num_knots).repeat(dim, 1))
+        self.register_buffer("scores", torch.special.ndtri((torch.arange(num_knots) + 0.5) / num_knots), persistent=False)
+        self.sets = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(_PER_CELL * len(group[0]), group_width),
+                nn.SiLU(),
+                nn.Linear(group_width, group_width),
+                nn.SiLU(),
+                nn.Linear(group_width, group_width),
+            )
+            for group in layout.groups
+        )
+        self.num_features = _PER_CELL * len(fixed["single"]) + len(layout.groups) * (2 * group_width + 1)
+        self.own_size = sum(_PER_CELL * len(group[0]) for group in layout.groups)
+
+    def columns_of(self, group: int) -> Tensor:
+        """Columns (M, C) of a group."""
+        return self.get_buffer(f"group_{group}")
+
+    def cells(self, values: Tensor) -> Tensor:
+        """Working values (..., D) to the cells (..., E) of the base; NaN stays NaN."""
+        spread = values[..., self.owner]
+        indicator = torch.where(spread.isnan(), spread, (spread == self.level).to(values))
+        return torch.where(self.categorical[self.owner], indicator, spread)
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Fits the base and the normal scores to working rows (N, D) with NaN."""
+        rows = [values]
+        for group in self.layout.groups:  # exchangeable: every member takes every place once
+            rows = [_rolled(v, group, shift) for v in rows for shift in range(len(group))]
+        self.base.fit(self.cells(torch.cat(rows)))
+        quantiles = (torch.arange(self.knots.shape[1], dtype=torch.float64) + 0.5) / self.knots.shape[1]
+        for j in range(values.shape[1]):
+            seen = values[:, j][~values[:, j].isnan()].double()
+            if len(seen):
+                stride = -(-len(seen) // 1_000_000)  # torch.quantile takes 16 million values at most
+                self.knots[j] = torch.quantile(seen[::stride], quantiles).to(self.knots)
+
+    def normal_scores(self, values: Tensor) -> Tensor:
+        """Piecewise linear map (..., D) of each column's quantiles to those of a standard normal, within ±4."""
+        right = torch.searchsorted(self.knots, values.detach().mT.contiguous()).clamp(1, self.knots.shape[1] - 1).mT
+        column = torch.arange(values.shape[-1], device=values.device)
+        below, above = self.knots[column, right - 1], self.knots[column, right]
+        slope = (self.scores[right] - self.scores[right - 1]) / (above - below).clamp_min(1e-6)
+        return (self.scores[right - 1] + slope * (values - below)).clamp(-4, 4)
+
+    def forward(self, values: Tensor, known: Tensor) -> Seen:
+        """`values` (B, D) in working coordinates, read where `known` (B, D)."""
+        values = torch.where(known, values, 0.0)
+        cells, known_cells = self.cells(values), known[:, self.owner]
+        mean, scale = self.base.condition(cells, known_cells)
+        shown = (
+            cells,
+            torch.where(self.categorical[self.owner], 0.0, self.normal_scores(values)[:, self.owner]),
+            ((cells - mean) / scale).clamp(-10, 10),
+            torch.ones_like(cells),
+        )
+        seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (B, E, 4)
+        features, members = [seen[:, self.single].flatten(1)], []
+        for g, network in enumerate(self.sets):
+            columns = self.columns_of(g)
+            members.append(seen[:, self.first[columns]].flatten(-2))  # (B, M, 4 C)
+            present = known[:, columns].any(-1, keepdim=True).to(values)
+            total, count = (network(members[-1]) * present).sum(1), present.sum(1)
+            features += [total / len(columns), total / count.clamp_min(1), count]
+        return Seen(torch.cat(features, -1), members, mean, scale)
+
+    def own(self, members: list[Tensor], targets: Tensor) -> list[Tensor]:
+        """The known cells of the member that each target (B, T) belongs to, group by group; zero for one in no group."""
+        shown = []
+        for g, cells in enumerate(members):
+            inside = (targets.unsqueeze(-1) == self.columns_of(g).flatten()).any(-1, keepdim=True)
+            index = self.member[targets].clamp(0, cells.shape[1] - 1).unsqueeze(-1)
+            shown.append(cells.gather(1, index.expand(-1, -1, cells.shape[-1])) * inside)
+        return shown
+
+    def slots(self) -> list[int]:
+        """For each column what it is apart from its place among exchangeable members, as numbers from 0."""
+        slots, count = [-1] * len(self.layout.levels), 0
+        for group in self.layout.groups:
+            for c in range(len(group[0])):
+                for member in group:
+                    slots[member[c]] = count
+                count += 1
+        for j, slot in enumerate(slots):
+            if slot < 0:
+                slots[j] = count
+                count += 1
+        return slots
+
+
+def _rolled(values: Tensor, group: tuple[tuple[int, ...], ...], shift: int) -> Tensor:
+    rolled = values.clone()
+    for m, member in enumerate(group):
+        rolled[:, list(group[(m + shift) % len(group)])] = values[:, list(member)]
+    return rolled

@@ -1,0 +1,353 @@
+r"""One joint density over a row, and every conditional of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.nn import PyroModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyro_invman.data import from_tensor, to_tensor, validate, variables_of
+from pyro_invman.density.anyorder import AnyOrderFlow
+from pyro_invman.density.context import Layout
+from pyro_invman.density.queries import QueryMix
+from pyro_invman.distributions import ConditionalFlow, stack_given
+from pyro_invman.results import history_dataset
+from pyro_invman.training import Record, Schedule, train, write_atomically
+from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+_TARGETS_A_ROW = 3
+
+
+class JointFlow(PyroModule):
+    r"""One density p(x, y, η) over the variables of a row, learned from incomplete rows.
+
+    Every conditional comes back from `conditional` as a Pyro distribution with exact density. Rows may miss any cells;
+    a missing cell is left out, never filled. Placed in a Pyro model as an attribute of a `PyroModule`, called inside
+    the model as ``flow(targets, given)``, or registered by ``pyro.module``, it trains by SVI with everything else.
+
+    Arguments:
+        variables: what the cells of a row are.
+        exchangeable: groups of repeated measurements whose order carries no meaning. A group is a list of members, a
+            member a tuple of the names it consists of, in the same order for each.
+        seed: of the initial weights.
+        architecture: keywords of :class:`pyro_invman.density.anyorder.AnyOrderFlow`.
+
+    Example::
+
+        >>> import torch
+        >>> import pyro_invman as pim
+        >>> x = torch.linspace(-1, 1, 400)
+        >>> y = 2 * x + 0.1 * torch.randn(400)
+        >>> ds = pim.from_columns({"x": x, "y": y}, roles={"x": "parameter", "y": "observation"})
+        >>> flow = pim.JointFlow.from_dataset(ds)
+        >>> flow.conditional(["x"], given={"y": torch.zeros(5)}).batch_shape
+        torch.Size([5])
+
+    References:
+        Shih, Sadigh & Ermon, *Training and inference on any-order autoregressive models the right way*, NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        variables: Variables,
+        exchangeable: Sequence[Sequence[Sequence[str]]] | None = None,
+        seed: int = 0,
+        **architecture: Any,
+    ) -> None:
+        super().__init__()
+        self.variables = variables
+        self.architecture = architecture
+        self.exchangeable = _checked_groups(variables, exchangeable or ())
+        self.standardization = Standardization(variables)
+        self.register_buffer("links", torch.zeros(len(variables), len(variables), dtype=torch.long))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.density = AnyOrderFlow(self._layout(), **architecture)
+        self.register_buffer("_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False)
+
+    def _layout(self) -> Layout:
+        levels = tuple(len(v.levels) for v in self.variables)
+        groups = tuple(tuple(tuple(self.variables.indices(m)) for m in group) for group in self.exchangeable)
+        return Layout(levels, self.standardization.lower, self.standardization.upper, groups)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        ds: xr.Dataset,
+        seed: int = 0,
+        exchangeable: Sequence[Sequence[Sequence[str]]] | None = None,
+        **architecture: Any,
+    ) -> JointFlow:
+        """An untrained flow for the variables of `ds`: standardised by its observed cells, with its Gaussian base
+        fitted to them, so that it is already the best Gaussian answer.
+
+        Raises:
+            DataError: the data cannot be learned from (see :func:`pyro_invman.validate`).
+        """
+        validate(ds)
+        variables = variables_of(ds)
+        flow = cls(variables, exchangeable, seed, **architecture)
+        flow._learn_scales(to_tensor(ds, variables))
+        return flow
+
+    def _learn_scales(self, values: Tensor) -> None:
+        self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
+        self.density.lower.copy_(self.standardization.lower)
+        self.density.upper.copy_(self.standardization.upper)
+        self.density.fit_base(self.standardization(values))
+
+    # ------------------------------------------------------------------ learning
+    def fit(
+        self,
+        ds: xr.Dataset,
+        seed: int = 0,
+        max_seconds: float | None = None,
+        progress: bool = True,
+        *,
+        queries: QueryMix | None = None,
+        schedule: Schedule | None = None,
+        validation: float = 0.1,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> xr.Dataset:
+        r"""Learns the density from the rows of `ds`; returns the history over ``step``.
+
+        Minimises :math:`-\log p(t \mid g)` averaged over targets and givens drawn among the *observed* cells of each
+        row, which is right when cells are missing completely at random.
+
+        Arguments:
+            seed: of the split, the batches and the queries: the same seed gives the same weights.
+            max_seconds: wall time at most.
+            progress: a bar on standard error, where that is a terminal.
+            queries: shares of the kinds of query.
+            schedule: learning rate, steps, patience.
+            validation: share of rows held out for early stopping (at least one row).
+            checkpoint: a file that keeps the state of the run; with `resume` a run that was interrupted goes on from
+                it and ends as if undisturbed.
+
+        Raises:
+            DataError: the rows do not fit the variables, or the checkpoint belongs to another run.
+        """
+        validate(ds)
+        values = to_tensor(ds, self.variables)
+        queries = queries or QueryMix()
+        schedule = schedule or Schedule()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(values), generator=generator)
+        held_out = max(1, round(validation * len(values)))
+        if len(values) - held_out < 2:
+            raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
+        observed = ~values.isnan()
+        self.links.copy_(observed.long().T @ observed.long())
+        training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
+        self._learn_scales(training_rows)
+        dtype = self.density.enter.weight.dtype
+        working = self.standardization(training_rows).to(dtype)
+        checked = self.standardization(validation_rows).to(dtype)
+        rounding = torch.tensor([v.resolution for v in self.variables], dtype=values.dtype)
+        rounded = bool((rounding > 0).any())
+
+        def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            order = self._shuffle(len(rows), generator)
+            batch = working[rows].gather(1, order)
+            answers = batch
+            if rounded:
+                spread = (torch.rand(batch.shape, generator=generator, dtype=values.dtype) - 0.5) * rounding
+                answers = self.standardization(training_rows[rows].gather(1, order) + spread).to(dtype)
+            return _loss(module, batch, answers, queries, self._roles, generator)
+
+        # the same held-out questions at every evaluation, several a row where rows are few
+        repeats = max(1, min(16, 2000 // held_out))
+        checked = checked.repeat(repeats, 1)
+
+        def validate_module(module: nn.Module) -> float:
+            generator = torch.Generator().manual_seed(seed + 1)
+            return _loss(module, checked, checked, queries, self._roles, generator).item()
+
+        settings = {"queries": queries, "schedule": schedule, "validation": validation, "seed": seed,
+                    "architecture": self.architecture, "schema": self._schema()["variables"]}
+        digest = hashlib.sha256(json.dumps(settings, default=str).encode())
+        digest.update(values.numpy().tobytes())
+        history = train(
+            self.density, loss, validate_module, len(working), schedule, seed=seed + 2, max_seconds=max_seconds,
+            progress=progress, checkpoint=checkpoint, resume=resume, fingerprint=digest.hexdigest(),
+        )
+        return self._history(history, len(working), held_out)
+
+    def _shuffle(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Columns (rows, D) with the members of each exchangeable group in random order, row by row."""
+        order = torch.arange(len(self.variables)).repeat(rows, 1)
+        for g in range(len(self.exchangeable)):
+            columns = self.density.context.columns_of(g)
+            moved = columns[torch.rand(rows, len(columns), generator=generator).argsort(-1)]
+            order[:, columns.flatten()] = moved.flatten(1)
+        return order
+
+    def _history(self, history: list[Record], rows: int, held_out: int) -> xr.Dataset:
+        return history_dataset(history, {"rows": rows, "held_out_rows": held_out})
+
+    # ------------------------------------------------------------------ asking
+    def forward(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:
+        """`conditional`, called so that a Pyro model registers the weights."""
+        return self.conditional(targets, given)
+
+    def conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:
+        """p(targets | given) as a Pyro distribution; what is in neither is marginalised.
+
+        Arguments:
+            targets: names, in the order of the last dimension of values.
+            given: name to values in natural units (numbers or tensors that broadcast against each other; level names
+                or codes for a categorical variable). A NaN is a cell that is not known.
+
+        Returns:
+            batch_shape: broadcast of the givens; event_shape: (len(targets),).
+
+        Raises:
+            DataError: unknown or repeated names, a target that is also given, values outside their support.
+        """
+        if isinstance(targets, str):
+            targets = [targets]
+        targets = list(targets)
+        if not targets:
+            raise DataError(f"targets: none named; expected some of {list(self.variables.names)}")
+        for position, name in enumerate(targets):
+            self.variables.index(name)
+            if name in targets[:position]:
+                raise DataError(f"targets: {name} is named twice")
+            if given and name in given:
+                raise DataError(f"{name} is both a target and given; take it out of one")
+        weights = self.density.enter.weight
+        row = stack_given(self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype))
+        return ConditionalFlow(self.density, self.standardization, self.variables, targets, row.to(weights.device))
+
+    def log_prob(self, ds: xr.Dataset) -> Tensor:
+        """Log-density (N,) of the observed cells of each row, jointly, in natural units."""
+        values = to_tensor(ds, self.variables)
+        d = self.conditional(self.variables.names)
+        with torch.no_grad():
+            return torch.cat([d.log_prob(rows) for rows in values.split(2048)])
+
+    def impute(self, ds: xr.Dataset, num_samples: int = 100, seed: int = 0) -> xr.Dataset:
+        """Rows completed by draws from p(missing | observed), over dims ("draw", "row"); observed cells unchanged."""
+        values = to_tensor(ds, self.variables)
+        missing = values.isnan()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            filled = values.expand(num_samples, *values.shape).clone()
+            patterns, member = missing.unique(dim=0, return_inverse=True)
+            for p, pattern in enumerate(patterns):
+                names = [v.name for v, hidden in zip(self.variables, pattern, strict=True) if hidden]
+                if not names:
+                    continue
+                rows = (member == p).nonzero()[:, 0]
+                d = ConditionalFlow(self.density, self.standardization, self.variables, names, values[rows])
+                columns = pattern.nonzero()[:, 0]
+                draws = d.sample(torch.Size((num_samples,))).to(filled)
+                filled[:, rows.unsqueeze(-1), columns] = draws
+        return from_tensor(filled, self.variables, dims=("draw", "row"))
+
+    # ------------------------------------------------------------------ keeping
+    def _schema(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "kind": "JointFlow",
+            "variables": self.variables.to_list(),
+            "exchangeable": [[list(m) for m in group] for group in self.exchangeable],
+            "architecture": self.architecture,
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes weights (safetensors), schema (JSON) and a checksum of each to `folder`; no pickle."""
+        folder = Path(folder)
+        tensors = {name: value.detach().contiguous().clone() for name, value in self.state_dict().items()}
+        write_atomically(folder / "weights.safetensors", lambda part: save_file(tensors, part))
+        schema = self._schema() | {"weights_sha256": _digest(folder / "weights.safetensors")}
+        schema["sha256"] = hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest()
+        write_atomically(folder / "schema.json", lambda part: part.write_text(json.dumps(schema, indent=1)))
+
+
+def load(folder: str | os.PathLike[str]) -> JointFlow:
+    """The model that `save` wrote to `folder`.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        DataError: a file is damaged, was changed, or comes from a later version of the package.
+    """
+    folder = Path(folder)
+    if not (folder / "schema.json").is_file():
+        raise FileNotFoundError(f"no model in {folder}: schema.json is not there")
+    try:
+        schema = json.loads((folder / "schema.json").read_text())
+        stated = schema.pop("sha256")
+        version = int(schema["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})") from error
+    if version > _FORMAT:
+        raise DataError(f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman")
+    if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
+        raise DataError(f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content")
+    weights = folder / "weights.safetensors"
+    if not weights.is_file():
+        raise DataError(f"{folder}: damaged, weights.safetensors is missing")
+    if _digest(weights) != schema["weights_sha256"]:
+        raise DataError(f"{weights}: damaged or changed, its checksum does not agree with the schema's")
+    variables = Variables(Variable.from_dict(v) for v in schema["variables"])
+    flow = JointFlow(variables, schema["exchangeable"], **schema["architecture"])
+    tensors = load_file(weights)
+    dtype = tensors["density.enter.weight"].dtype
+    flow.to(dtype)
+    flow.load_state_dict(tensors)
+    flow.density.lower.copy_(flow.standardization.lower)
+    flow.density.upper.copy_(flow.standardization.upper)
+    return flow
+
+
+def _loss(
+    module: nn.Module, batch: Tensor, answers: Tensor, mix: QueryMix, roles: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean −log p over the cells of `batch` (B, D) that are asked for, with what is right in `answers` (B, D)."""
+    known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
+    right = torch.where(asked, answers.gather(1, targets), 0.0)
+    scores = module.cell_log_prob(batch.nan_to_num(0.0), known, targets, right)  # type: ignore[operator]
+    return -torch.where(asked, scores, 0.0).sum() / asked.sum().clamp_min(1)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checked_groups(variables: Variables, groups: Sequence[Sequence[Sequence[str]]]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    seen: set[str] = set()
+    checked = []
+    for group in groups:
+        members = tuple(tuple(member) for member in group)
+        if len(members) < 2:
+            raise DataError(f"exchangeable: group {members} has {len(members)} member; expected at least 2")
+        for member in members:
+            if len(member) != len(members[0]):
+                raise DataError(f"exchangeable: member {member} has {len(member)} variables, {members[0]} has {len(members[0])}")
+            for name, twin in zip(member, members[0], strict=True):
+                variable, first = variables[variables.index(name)], variables[variables.index(twin)]
+                if name in seen:
+                    raise DataError(f"exchangeable: {name} is named twice")
+                if variable.discrete or (variable.role, variable.support, variable.units, variable.lower, variable.upper) != (
+                    first.role, first.support, first.units, first.lower, first.upper
+                ):
+                    raise DataError(f"exchangeable: {name} and {twin} differ in role, support or units, or are categorical")
+                seen.add(name)
+        checked.append(members)
+    return tuple(checked)

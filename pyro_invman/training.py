@@ -1,0 +1,227 @@
+"""Fitting: one loop for every learned part, seeded, resumable, stopped by held-out loss."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_invman.variables import DataError
+
+
+class Schedule(NamedTuple):
+    r"""How a network is trained: hidden (square) matrices by Muon, which orthogonalises their updates, the rest by AdamW.
+
+    The learning rate rises over `warmup` steps and falls as a cosine over `steps` (see `steps_for`; or over the time allowed, where
+    that ends first). Every `evaluate_every` steps the running mean of the weights is scored on held-out rows; after
+    `patience` scores without improvement training ends, and the best weights are kept.
+
+    References:
+        Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024.
+        Loshchilov & Hutter, *Decoupled weight decay regularization*, ICLR 2019.
+    """
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-2
+    batch_size: int = 256
+    steps: int | None = None
+    warmup: int = 200
+    evaluate_every: int = 200
+    patience: int = 12
+    averaging: float = 0.998
+    clip: float = 5.0
+
+    def steps_for(self, num_rows: int) -> int:
+        r"""`steps`, or by default :math:`120 \sqrt N`, at least 1,500 and at most 12,000."""
+        return self.steps if self.steps is not None else round(min(max(120 * math.sqrt(num_rows), 1_500), 12_000))
+
+
+class Record(NamedTuple):
+    """One line of the history."""
+
+    step: int
+    train_loss: float
+    validation_loss: float
+    learning_rate: float
+    seconds: float
+
+
+class _State:
+    """All that a run is: what is saved, and what a resumed run goes on from."""
+
+    def __init__(self, module: nn.Module, schedule: Schedule, seed: int) -> None:
+        self.module = module
+        self.average = copy.deepcopy(module)
+        self.best = {name: value.clone() for name, value in module.state_dict().items()}
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.averaged = [p for p, q in zip(self.average.parameters(), module.parameters(), strict=True) if q.requires_grad]
+        square = [p for p in self.trained if p.ndim == 2 and p.shape[0] == p.shape[1]]
+        rest = [p for p in self.trained if not (p.ndim == 2 and p.shape[0] == p.shape[1])]
+        rate, decay = schedule.learning_rate, schedule.weight_decay
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if rest:
+            self.optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True))
+        if square:
+            self.optimizers.append(
+                torch.optim.Muon(square, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step, self.stale, self.seconds, self.best_loss = 0, 0, 0.0, math.inf
+        self.running: list[float] = []
+        self.history: list[Record] = []
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Writes the whole state to one file; a reader sees the old file or the new one, never a part."""
+        tensors = {"generator": self.generator.get_state()}
+        for prefix, state in (("module", self.module.state_dict()), ("average", self.average.state_dict()), ("best", self.best)):
+            tensors |= {f"{prefix}/{name}": value for name, value in state.items()}
+        for which, optimizer in enumerate(self.optimizers):
+            for i, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{which}/{i}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+        scalars = dict(step=self.step, stale=self.stale, seconds=self.seconds, best_loss=self.best_loss,
+                       running=self.running, history=[list(r) for r in self.history], fingerprint=fingerprint)
+        tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+        write_atomically(path, lambda part: save_file(tensors, part, metadata={"state": json.dumps(scalars)}))
+
+    def load(self, path: Path, fingerprint: str) -> None:
+        """Reads what `save` wrote."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                scalars = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise DataError(f"checkpoint {path}: cannot be read ({error}); delete it to start anew") from error
+        if scalars.pop("fingerprint") != fingerprint:
+            raise DataError(
+                f"checkpoint {path} belongs to other data, settings or seed than this fit; resume with those it was "
+                "started with, or delete it"
+            )
+        self.generator.set_state(tensors.pop("generator"))
+        states: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}, "best": {}}
+        moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        for name, value in tensors.items():
+            prefix, _, rest = name.partition("/")
+            if prefix == "optimizer":
+                which, index, moment = rest.split("/")
+                moments[int(which)].setdefault(int(index), {})[moment] = value
+            else:
+                states[prefix][rest] = value
+        self.module.load_state_dict(states["module"])
+        self.average.load_state_dict(states["average"])
+        self.best = states["best"]
+        for optimizer, state in zip(self.optimizers, moments, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.history = [Record(*line) for line in scalars.pop("history")]
+        for name, value in scalars.items():
+            setattr(self, name, value)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a neighbour of `path`, flushes it to disk and puts it in the place of `path` in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
+    validate: Callable[[nn.Module], float],
+    num_rows: int,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    fingerprint: str = "",
+) -> list[Record]:
+    """Trains `module` in place and returns the history.
+
+    Arguments:
+        loss: mean loss of the rows with the given indices (B,), drawing what it draws from the generator.
+        validate: held-out loss of a module; it must be a function of the weights alone.
+        num_rows: how many rows there are to index.
+        max_seconds: wall time after which training ends, earlier runs of a resumed fit included.
+        checkpoint: a file that is rewritten at every evaluation.
+        resume: go on from `checkpoint` where it exists; otherwise it is overwritten.
+        fingerprint: what data and settings the run belongs to; a checkpoint with another one is refused.
+    """
+    state = _State(module, schedule, seed)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and resume and path.exists():
+        state.load(path, fingerprint)
+    began = time.monotonic() - state.seconds
+    if not state.history:
+        _evaluate(state, validate, math.nan, 0.0, began)
+    steps = schedule.steps_for(num_rows)
+    bar = tqdm(total=steps, initial=state.step, disable=None if progress else True, file=sys.stderr, unit="step", leave=False)
+    batch = min(schedule.batch_size, num_rows)
+    while state.step < steps and state.stale < schedule.patience:
+        spent = state.step / steps
+        if max_seconds is not None:
+            elapsed = time.monotonic() - began
+            if elapsed >= max_seconds:
+                break
+            spent = max(spent, elapsed / max_seconds)
+        rate = schedule.learning_rate * min(1.0, (state.step + 1) / schedule.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        rows = torch.randint(num_rows, (batch,), generator=state.generator)
+        value = loss(module, rows, state.generator)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(state.trained, schedule.clip, error_if_nonfinite=True)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.step += 1
+        state.running.append(value.item())
+        with torch.no_grad():
+            keep = min(schedule.averaging, (state.step + 1) / (state.step + 10))
+            torch._foreach_lerp_(state.averaged, state.trained, 1 - keep)
+        bar.update()
+        if state.step % schedule.evaluate_every == 0 or state.step == steps:
+            _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
+            state.running = []
+            bar.set_postfix(held_out=f"{state.best_loss:.3f}")
+            if path is not None:
+                state.save(path, fingerprint)
+    bar.close()
+    if state.running:
+        _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
+    module.load_state_dict(state.best)
+    return state.history
+
+
+def _evaluate(state: _State, validate: Callable[[nn.Module], float], train_loss: float, rate: float, began: float) -> None:
+    state.average.eval()
+    with torch.no_grad():
+        held_out = validate(state.average)
+    state.seconds = time.monotonic() - began
+    state.history.append(Record(state.step, train_loss, held_out, rate, state.seconds))
+    if held_out < state.best_loss:
+        state.best_loss, state.stale = held_out, 0
+        state.best = {name: value.clone() for name, value in state.average.state_dict().items()}
+    else:
+        state.stale += 1
