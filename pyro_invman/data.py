@@ -1,87 +1,129 @@
 """Tables in: files and columns to a validated `xarray.Dataset`, and from there to a tensor with NaN for missing cells.
 
-The convention: dimension ``row``; each data variable has dims ``("row",)`` and attributes ``role``, ``support``,
-``units`` (and ``lower``, ``upper`` for an interval, ``levels`` for a categorical one, ``resolution`` where values are
-rounded); optional coordinates ``task`` and ``source`` on ``row``; NaN means "not measured".
+The convention: dimension ``row``; each data variable has dims ``("row",)`` and attributes ``role``, ``support`` and
+``units`` (``lower`` and ``upper`` for an interval, ``levels`` for a categorical variable, whose cells are codes,
+``resolution`` where values are rounded, ``informative`` = 1); optional text coordinates ``task`` and ``source`` on
+``row``; NaN means "not measured", and nothing else does.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_invman.variables import ROLES, DataError, Variable, Variables
+from pyro_invman import tables
+from pyro_invman.variables import DataError, Variable, Variables
 
-RESERVED = ("row", "draw", "step", "design", "task", "source")
 _LABELS = ("task", "source")
+_RESERVED = ("row", "draw", *_LABELS)
+_NEEDS = {".csv": "pandas", ".xlsx": "openpyxl", ".parquet": "pyarrow", ".nc": "netCDF4", ".zarr": "zarr"}
+_FIELDS = ("role", "support", "units", "lower", "upper", "levels", "resolution", "informative")
 
 
 def read(
     path: str | os.PathLike[str],
-    roles: Mapping[str, str],
+    roles: Mapping[str, str] | None = None,
     task: str | None = None,
     source: str | None = None,
     units: Mapping[str, str] | None = None,
     supports: Mapping[str, Any] | None = None,
     *,
+    levels: Mapping[str, Sequence[str]] | None = None,
     resolutions: Mapping[str, float] | None = None,
-    informative: Iterable[str] = (),
-    **reading: Any,
+    informative: Mapping[str, bool] | None = None,
+    training: bool = True,
+    sep: str = ",",
+    decimal: str = ".",
+    encoding: str = "utf-8",
+    missing: Sequence[str] = tables.MISSING,
+    sheet: str | int = 0,
 ) -> xr.Dataset:
-    """A table of runs as a validated dataset.
+    """A table of runs as a validated dataset; nothing about it is guessed.
 
     Arguments:
         path: ``.csv``, ``.xlsx``, ``.parquet``, ``.nc`` or ``.zarr``.
         roles: column to ``parameter``, ``observation`` or ``condition``. Columns without a role are left out and
-            listed in ``ds.attrs["left_out"]``.
-        task, source: columns that name the task and the source of each row.
+            listed in ``ds.attrs["left_out"]``. A ``.nc`` or ``.zarr`` may carry roles, units and the rest as
+            attributes; what is given here goes before them.
+        task, source: columns that name the task and the source of each row, read as text.
         units: column to units.
-        supports: column to ``"real"`` (the default), ``"positive"``, ``"categorical"`` or ``("interval", lower, upper)``.
-        resolutions: column to the step its values were rounded to.
-        informative: parameters and conditions that are evidence about the task, too.
-        reading: handed to the pandas reader (``sep=";"``, ``decimal=","``, ``encoding=...``, ``sheet_name=...``).
+        supports: column to ``"real"`` (default), ``"positive"``, ``"categorical"`` or ``("interval", lower, upper)``.
+        levels: categorical column to the names of its levels, in order; by default those that occur, sorted.
+        resolutions: column to the step its values were rounded to (1 for counts).
+        informative: column to whether, though set by someone, it is evidence about the task.
+        training: also refuse what cannot be learned from; see `validate`.
+        sep, decimal, encoding: of a ``.csv``.
+        missing: texts that mean "not measured" in a ``.csv`` or ``.xlsx``.
+        sheet: name or position of the sheet of an ``.xlsx``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: the table cannot be used as it is; the message names column, row, what was found and expected.
+        DataError: the table cannot be used as it is; the message names column, row (counted from 0, without the
+            header), what was found and what was expected.
+
+    Example::
+
+        >>> import pathlib, tempfile
+        >>> table = pathlib.Path(tempfile.mkdtemp(), "runs.csv")
+        >>> _ = table.write_text("power_W,depth_um,operator\\n200,84,ann\\n250,,bob\\n300,120,ann\\n")
+        >>> ds = read(table, roles={"power_W": "parameter", "depth_um": "observation"}, units={"power_W": "W"})
+        >>> ds["depth_um"].values
+        array([ 84.,  nan, 120.])
+        >>> ds.attrs["left_out"]
+        ['operator']
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in _NEEDS:
+        raise DataError(f"{path}: found the ending {path.suffix!r}, expected one of {list(_NEEDS)}")
     if not path.exists():
-        raise FileNotFoundError(f"no table at {path}")
-    columns = _columns(path, reading)
-    for what, name in (("task", task), ("source", source)):
-        if name is not None and name not in columns:
-            raise DataError(f"{what} column {name!r} is not in {path.name}; {_close(name, columns)}")
-    for what, names in (("roles", roles), ("units", units or {}), ("supports", supports or {})):
-        for name in names:
-            if name not in columns:
-                raise DataError(f"{what}: column {name!r} is not in {path.name}; {_close(name, columns)}")
-    labels = {what: columns[name] for what, name in (("task", task), ("source", source)) if name is not None}
-    left_out = [name for name in columns if name not in roles and name not in (task, source)]
-    ds = from_columns(
-        {name: columns[name] for name in roles},
-        roles=roles,
-        units={name: unit for name, unit in (units or {}).items() if name in roles},
-        supports={name: support for name, support in (supports or {}).items() if name in roles},
-        resolutions=resolutions,
-        informative=informative,
-        **labels,
-    )
-    ds.attrs["left_out"] = left_out
-    return ds
+        raise FileNotFoundError(f"there is no table at {path}")
+    if importlib.util.find_spec(_NEEDS[kind]) is None:
+        package = _NEEDS[kind]
+        raise DataError(f"{path}: reading {kind} needs the package {package}; run: pip install {package}")
+    stored: dict[str, dict[str, Any]] = {}
+    attrs: dict[str, Any] = {}
+    labels: dict[str, Any] = {"task": task, "source": source}
+    text = {column for column in (task, source) if column is not None}
+    text |= {column for column, support in dict(supports or {}).items() if support == "categorical"}
+    try:
+        if kind in (".nc", ".zarr"):
+            columns, stored, attrs = _stored_columns(path, kind)
+        elif kind == ".parquet":
+            columns = tables.parquet_columns(path, text)
+        elif kind == ".xlsx":
+            columns = tables.xlsx_columns(path, missing, sheet)
+        else:
+            columns = tables.csv_columns(path, text, missing, sep, decimal, encoding)
+    except (DataError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a reader raises anything at all on a damaged file
+        raise DataError(f"{path}: cannot be read as {kind}: {error}") from error
+    if roles is None and not any("role" in fields for fields in stored.values()):
+        raise DataError(f"roles: {path.name} says nothing about roles; name some of {list(columns)}")
+    for label in _LABELS:
+        if labels[label] is None:
+            labels[label] = label if label in stored and stored[label].get("coordinate") else None
+        elif labels[label] not in columns:
+            raise DataError(f"{label}: no column {labels[label]!r}; {tables.suggest(labels[label], columns)}")
+    fields = _declared(columns, stored, roles, units, supports, None, levels, resolutions, informative)
+    used = {*fields, *(label for label in labels.values() if label is not None)}
+    attrs["left_out"] = _texts(attrs.get("left_out", [])) + [name for name in columns if name not in used]
+    coords = {label: columns[column] for label, column in labels.items() if column is not None}
+    return validate(_dataset({name: columns[name] for name in fields}, fields, coords, attrs), training)
 
 
 def from_columns(
-    columns: Mapping[str, Any],
+    columns: Mapping[str, Any] | pd.DataFrame,
     roles: Mapping[str, str],
     units: Mapping[str, str] | None = None,
     supports: Mapping[str, Any] | None = None,
@@ -90,222 +132,211 @@ def from_columns(
     task: Any = None,
     source: Any = None,
     resolutions: Mapping[str, float] | None = None,
-    informative: Iterable[str] = (),
+    informative: Mapping[str, bool] | None = None,
+    training: bool = False,
 ) -> xr.Dataset:
-    """Columns of equal length as a validated dataset.
+    """Columns of one length as a validated dataset.
 
     Arguments:
-        columns: name to values (N,); numbers with NaN for missing cells, or for a categorical variable level names
-            with None, NaN or "" for missing ones.
-        roles, units, supports, resolutions, informative: as in `read`; a column without a role is refused.
-        bounds: interval variables to (lower, upper); instead of a support ``("interval", lower, upper)``.
-        levels: categorical variables to the names of their levels; by default those that occur, sorted.
-        task, source: a label a row (N,), or one for all.
+        columns: name to cells (N,): numbers with NaN where not measured; for a categorical variable the names of
+            levels with None, NaN or "" where not measured or, if `levels` are given, their codes.
+        roles, units, supports, levels, resolutions, informative: as in `read`.
+        bounds: name to (lower, upper), for a variable whose support is given as plain ``"interval"``.
+        task, source: a label for each row (N,), or one for all.
+        training: also refuse what cannot be learned from; see `validate`.
 
     Raises:
-        DataError: as `validate`.
+        DataError: lengths that differ, unknown names, and all that `validate` refuses.
+
+    Example::
+
+        >>> ds = from_columns(
+        ...     {"power_W": [200, 250, 300], "mode": ["keyhole", "", "lack of fusion"]},
+        ...     roles={"power_W": "parameter", "mode": "observation"},
+        ...     supports={"power_W": "positive", "mode": "categorical"},
+        ... )
+        >>> ds["mode"].values, ds["mode"].attrs["levels"]
+        (array([ 0., nan,  1.]), ['keyhole', 'lack of fusion'])
     """
-    units, supports, levels = units or {}, dict(supports or {}), levels or {}
-    for name, ends in (bounds or {}).items():
-        supports[name] = ("interval", *ends)
-    for what, names in (("roles", roles), ("units", units), ("supports", supports), ("levels", levels),
-                        ("resolutions", resolutions or {}), ("informative", informative)):  # fmt: skip
-        for name in names:
-            if name not in columns:
-                raise DataError(f"{what}: there is no column {name!r}; {_close(name, columns)}")
-    data: dict[str, Any] = {}
-    length: tuple[str, int] | None = None
-    for name, cells in columns.items():
-        if name not in roles:
-            raise DataError(f"column {name!r} has no role; expected one of {list(ROLES)}")
-        array = cells.detach().cpu().numpy() if isinstance(cells, Tensor) else np.asarray(cells)
-        if array.ndim != 1:
-            raise DataError(f"{name}: expected one value a row, shape (N,), found shape {array.shape}")
-        length = length or (name, len(array))
-        if len(array) != length[1]:
-            raise DataError(f"{name}: {len(array)} rows, but {length[0]} has {length[1]}")
-        attrs = _attrs(name, roles[name], units.get(name, ""), supports.get(name, "real"))
-        if name in levels:
-            attrs["levels"] = [str(level) for level in levels[name]]
-        if (resolutions or {}).get(name):
-            attrs["resolution"] = float((resolutions or {})[name])
-        if name in set(informative):
-            attrs["informative"] = 1
-        data[name] = ("row", array, attrs)
-    if length is None:
-        raise DataError("the table is empty: no column has a role")
-    for name in data:
-        if name in RESERVED:
-            raise DataError(f"{name}: the name of a dimension or label; rename the column")
-    coords = {}
-    for what, given in (("task", task), ("source", source)):
-        if given is not None:
-            label = np.full(length[1], given, dtype=object) if isinstance(given, str) else np.asarray(given, dtype=object)
-            if label.shape != (length[1],):
-                raise DataError(f"{what}: expected one label a row, shape ({length[1]},), found shape {label.shape}")
-            coords[what] = ("row", label)
-    return validate(xr.Dataset(data, coords=coords))
+    tables.refuse_duplicates("columns", list(columns))
+    fields = _declared(columns, {}, roles, units, supports, bounds, levels, resolutions, informative)
+    coords = {label: cells for label, cells in (("task", task), ("source", source)) if cells is not None}
+    left_out = [name for name in columns if name not in fields]
+    used = {name: columns[name] for name in fields}
+    return validate(_dataset(used, fields, coords, {"left_out": left_out}), training)
 
 
 def validate(ds: xr.Dataset, training: bool = True) -> xr.Dataset:
-    """`ds`, coded: categorical columns as level numbers, labels as strings, everything else as float64.
+    """`ds` in normal form: float64 cells, codes for named levels, text labels; itself where it already is.
 
     Arguments:
-        training: also refuse what cannot be learned from: no row, a column with no observed cell, a constant column.
+        training: also refuse what cannot be learned from: no row, a variable with no observed cell, a constant one.
 
     Raises:
-        DataError: unknown role or support, text in a numeric column, ±inf, values outside the support, unknown levels,
-            blank labels, a name that is also a dimension, wrong dimensions.
+        DataError: wrong dimensions, a name that is also a dimension, unknown role or support, text in a numeric
+            variable, ±inf, values outside the support, codes or names that are not among the levels, blank labels.
     """
     if not isinstance(ds, xr.Dataset):
-        raise DataError(f"expected an xarray.Dataset, found {type(ds).__name__}")
+        found = f"found {type(ds).__name__}"
+        raise DataError(f"data: {found}, expected an xarray.Dataset; `read` and `from_columns` make one")
+    _check_shape(ds)
     if not ds.data_vars:
-        raise DataError("the table is empty: it has no variable")
-    if "row" not in ds.sizes:
-        raise DataError(f"expected the dimension 'row', found {list(ds.sizes)}")
+        raise DataError("data: found no variable, expected at least one; give a role to some column")
     if training and ds.sizes["row"] == 0:
-        raise DataError("the table is empty: it has no row")
-    coded: dict[str, Any] = {}
-    for name, array in ds.data_vars.items():
-        name = str(name)
-        if name in RESERVED or name in ds.sizes:
-            raise DataError(f"{name}: the name of a dimension or label; rename the variable")
-        if array.dims != ("row",):
-            raise DataError(f"{name}: expected dimensions ('row',), found {array.dims}")
-        attrs = dict(array.attrs)
-        if "role" not in attrs:
-            raise DataError(f"{name}: has no role; set attrs['role'] to one of {list(ROLES)}")
-        if attrs.get("support") == "categorical":
-            cells, attrs["levels"] = _code_levels(name, array.values, attrs.get("levels"))
-        else:
-            cells = _numbers(name, array.values)
-        variable = _variable(name, attrs)
-        _check_support(variable, cells)
+        raise DataError("data: found an empty table (no row), expected rows to learn from")
+    normal: dict[str, Any] = {}
+    for key, array in ds.data_vars.items():
+        name = str(key)
+        cells, levels = _cells(name, array)
+        variable = _variable(name, array.attrs, levels)
+        tables.check_support(variable, cells)
         if training:
-            seen = cells[~np.isnan(cells)]
-            if not len(seen):
-                raise DataError(f"{name}: no observed cell in {len(cells)} rows; leave the column out")
-            if seen.min() == seen.max():
-                shown = variable.levels[int(seen[0])] if variable.discrete else f"{seen[0]:g}"
-                raise DataError(f"{name}: constant, every observed cell is {shown}; there is nothing to learn, leave it out")
-        coded[name] = ("row", cells, {k: v for k, v in attrs.items() if v is not None})
-    coords = {}
-    for what in ds.coords:
-        if what == "row":
-            continue
-        coordinate = ds.coords[what]
-        if what in _LABELS:
-            if coordinate.dims != ("row",):
-                raise DataError(f"{what}: expected one label a row, found dimensions {coordinate.dims}")
-            coords[what] = ("row", _text(str(what), coordinate.values))
-    return xr.Dataset(coded, coords=coords, attrs=ds.attrs)
+            tables.check_varies(variable, cells)
+        others = {field: value for field, value in array.attrs.items() if field not in _FIELDS}
+        normal[name] = ("row", cells, others | _attrs(variable))
+    labels = {label: ("row", tables.labels(label, ds[label].values)) for label in _LABELS if label in ds.coords}
+    result = ds.assign(normal).assign_coords(labels)
+    if "left_out" in ds.attrs:
+        result.attrs["left_out"] = _texts(ds.attrs["left_out"])
+    return ds if result.identical(ds) and all(v.dtype == ds[n].dtype for n, v in result.items()) else result
 
 
 def variables_of(ds: xr.Dataset) -> Variables:
-    """The variables that a validated dataset declares."""
-    return Variables(_variable(str(name), array.attrs) for name, array in ds.data_vars.items())
-
-
-def to_tensor(ds: xr.Dataset, variables: Variables) -> Tensor:
-    """Rows (N, D) in float64, in the order of `variables`; a variable that `ds` lacks is missing throughout.
+    """The variables of a dataset, in its order.
 
     Raises:
-        DataError: units differ from those of `variables`, a level was not seen before, a name is unknown, or a cell lies
-            outside its support.
+        DataError: a role, a support or the levels of a variable are missing or wrong.
     """
-    if "row" not in ds.sizes:
-        raise DataError(f"expected the dimension 'row', found {list(ds.sizes)}")
-    columns = np.full((ds.sizes["row"], len(variables)), np.nan)
-    for name, array in ds.data_vars.items():
-        column = variables.index(str(name))
-        variable = variables[column]
-        units = array.attrs.get("units", variable.units)
-        if units != variable.units:
-            raise DataError(f"{name}: units {units!r}, but the model was fitted with {variable.units!r}; convert the column")
-        if array.dims != ("row",):
-            raise DataError(f"{name}: expected dimensions ('row',), found {array.dims}")
-        if variable.discrete:
-            values = array.values
-            own = array.attrs.get("levels")
-            if own is not None and values.dtype.kind in "fiu":  # codes of this dataset's own levels
-                cells, own = _code_levels(str(name), values, own)
-                values = np.array([None, *own], dtype=object)[np.where(np.isnan(cells), -1, cells).astype(int) + 1]
-            cells, _ = _code_levels(str(name), values, list(variable.levels))
-        else:
-            cells = _numbers(str(name), array.values)
-        _check_support(variable, cells)
-        columns[:, column] = cells
-    return torch.from_numpy(columns)
-
-
-def from_tensor(values: Tensor, variables: Variables, dims: Sequence[str] = ("row",)) -> xr.Dataset:
-    """Cells (*dims, D) in natural units as a dataset with the attributes of `variables`."""
-    array = values.detach().cpu().double().numpy()
-    if array.ndim != len(dims) + 1 or array.shape[-1] != len(variables):
-        raise DataError(f"values: expected shape (*{tuple(dims)}, {len(variables)}), found {array.shape}")
-    return xr.Dataset(
-        {v.name: (tuple(dims), array[..., j], _attrs_of(v)) for j, v in enumerate(variables)}
+    _check_shape(ds)
+    return Variables(
+        _variable(str(name), array.attrs, _cells(str(name), array)[1])
+        for name, array in ds.data_vars.items()
     )
 
 
-# ---------------------------------------------------------------------------------------------- columns of a file
-def _columns(path: Path, reading: dict[str, Any]) -> dict[str, np.ndarray]:
-    if path.suffix in (".nc", ".zarr"):
-        try:
-            with (xr.open_zarr(path) if path.suffix == ".zarr" else xr.open_dataset(path)) as ds:
-                ds.load()
-        except (ImportError, ValueError) as error:
-            raise DataError(f"{path.name}: cannot be read ({error})") from error
-        flat = ds.reset_coords()
-        return {str(name): array.values for name, array in flat.data_vars.items()}
-    import pandas as pd
+def to_tensor(ds: xr.Dataset, variables: Variables) -> Tensor:
+    """The cells (N, D) of `ds` in float64, columns in the order of `variables`, NaN where not measured.
 
-    readers = {".csv": pd.read_csv, ".xlsx": pd.read_excel, ".parquet": pd.read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path.name}: unknown kind of table {path.suffix!r}; expected .csv, .xlsx, .parquet, .nc or .zarr")
-    if path.suffix == ".csv":
-        with open(path, newline="", encoding=reading.get("encoding", "utf-8")) as file:
-            header = next(csv.reader(file, delimiter=reading.get("sep", ",")), [])
-        for position, name in enumerate(header):
-            if name in header[:position]:
-                raise DataError(f"{path.name}: two columns are named {name!r} (columns {header.index(name)} and {position})")
-    try:
-        table = readers[path.suffix](path, **reading)
-    except ImportError as error:
-        raise DataError(f"{path.name}: reading {path.suffix} needs a package that is not installed ({error})") from error
-    except pd.errors.EmptyDataError as error:
-        raise DataError(f"{path.name}: the table is empty") from error
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path.name}: cannot be read ({error})") from error
-    if not len(table):
-        raise DataError(f"{path.name}: the table is empty: it has no row")
-    names = [str(name) for name in table.columns]
-    for position, name in enumerate(names):
-        if name in names[:position]:
-            raise DataError(f"{path.name}: two columns are named {name!r}")
-    return {name: table.iloc[:, j].to_numpy() for j, name in enumerate(names)}
+    A variable that `ds` lacks is missing in every row. Levels are matched by name.
+
+    Raises:
+        DataError: a variable that is not among `variables`, units that differ from theirs, a category that they do not
+            know, and all that `validate` refuses outside training.
+    """
+    _check_shape(ds)
+    values = np.full((ds.sizes["row"], len(variables)), np.nan)
+    for key, array in ds.data_vars.items():
+        column = variables.index(str(key))
+        variable = variables[column]
+        units = str(array.attrs.get("units", ""))
+        if units != variable.units:
+            expected = f"expected {variable.units!r}, as when fitted"
+            raise DataError(f"{variable.name}: found units {units!r}, {expected}; convert the column and its units")
+        if variable.discrete:
+            cells = tables.codes(variable.name, _level_names(variable.name, array), variable.levels)[0]
+        else:
+            cells = tables.numbers(variable.name, array.values)
+        tables.check_support(variable, cells)
+        values[:, column] = cells
+    return torch.from_numpy(values)
 
 
-def _close(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(map(str, known))}"
+def from_tensor(values: Tensor, variables: Variables, dims: Sequence[str] = ("row",)) -> xr.Dataset:
+    """Cells (*dims, D) in natural units as a dataset over `dims`.
+
+    Raises:
+        DataError: the shape of `values` does not fit `dims` and `variables`.
+    """
+    if values.dim() != len(dims) + 1 or values.shape[-1] != len(variables):
+        expected = f"({', '.join((*dims, str(len(variables))))})"
+        raise DataError(f"values: found shape {tuple(values.shape)}, expected {expected}")
+    cells = values.detach().cpu().double().numpy()
+    return xr.Dataset({v.name: (tuple(dims), cells[..., column], _attrs(v)) for column, v in enumerate(variables)})
 
 
-# ---------------------------------------------------------------------------------------------- cells
-def _attrs(name: str, role: str, units: str, support: Any) -> dict[str, Any]:
-    attrs: dict[str, Any] = {"role": role, "units": units}
+# ------------------------------------------------------------------------------------------------ files
+def _stored_columns(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+    # times are left as numbers: units of "s" or "days" are no reason to turn a column into dates
+    plain: dict[str, Any] = {"decode_times": False, "decode_timedelta": False}
+    with xr.open_dataset(path, engine="zarr" if kind == ".zarr" else "netcdf4", **plain) as opened:
+        ds = opened.load()
+    columns = {str(name): array for name, array in ds.variables.items() if name != "row"}
+    fields = {name: dict(array.attrs) | {"coordinate": name in ds.coords} for name, array in columns.items()}
+    return columns, fields, dict(ds.attrs)
+
+
+# ------------------------------------------------------------------------------------------------ declarations
+def _declared(
+    columns: Iterable[str],
+    stored: Mapping[str, Mapping[str, Any]],
+    roles: Mapping[str, str] | None,
+    units: Mapping[str, str] | None,
+    supports: Mapping[str, Any] | None,
+    bounds: Mapping[str, tuple[float, float]] | None,
+    levels: Mapping[str, Sequence[str]] | None,
+    resolutions: Mapping[str, float] | None,
+    informative: Mapping[str, bool] | None,
+) -> dict[str, dict[str, Any]]:
+    """What is said of each column that has a role, stored and given."""
+    known = list(columns)
+    if roles is None:
+        roles = {name: fields["role"] for name, fields in stored.items() if "role" in fields}
+    given: dict[str, Mapping[str, Any]] = {}
+    for argument, mapping in (
+        ("roles", roles), ("units", units), ("supports", supports), ("bounds", bounds), ("levels", levels),
+        ("resolutions", resolutions), ("informative", informative),
+    ):  # fmt: skip
+        given[argument] = {} if mapping is None else mapping
+        if not isinstance(given[argument], Mapping):
+            found = f"found {type(mapping).__name__}"
+            raise DataError(f"{argument}: {found}, expected a mapping from column to what is said of it")
+        for name in given[argument]:
+            if name not in known:
+                raise DataError(f"{argument}: no column {name!r}; {tables.suggest(name, known)}")
+    result = {}
+    for name, role in roles.items():
+        if name in _RESERVED:
+            raise DataError(f"{name}: the name of a dimension or label, and so none for a variable; rename the column")
+        fields = {field: value for field, value in stored.get(name, {}).items() if field != "coordinate"}
+        fields["role"] = role
+        if name in given["supports"]:
+            fields = {f: v for f, v in fields.items() if f not in ("support", "lower", "upper", "levels")}
+            fields |= _support(name, given["supports"][name])
+        if name in given["bounds"]:
+            fields |= _support(name, ("interval", *given["bounds"][name])) | {"support": fields.get("support")}
+        for argument, field in (
+            ("units", "units"), ("levels", "levels"), ("resolutions", "resolution"), ("informative", "informative"),
+        ):  # fmt: skip
+            if name in given[argument]:
+                fields[field] = given[argument][name]
+        result[name] = fields
+    return result
+
+
+def _support(name: str, support: Any) -> dict[str, Any]:
     if isinstance(support, str):
-        return attrs | {"support": support}
+        return {"support": support}
     try:
         kind, lower, upper = support
-        return attrs | {"support": str(kind), "lower": float(lower), "upper": float(upper)}
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{name}: support {support!r}; expected 'real', 'positive', 'categorical' or ('interval', lower, upper)"
-        ) from error
+    except (TypeError, ValueError):
+        expected = "expected 'real', 'positive', 'categorical' or ('interval', lower, upper)"
+        raise DataError(f"{name}: found support {support!r}, {expected}") from None
+    return {"support": kind, "lower": lower, "upper": upper}
 
 
-def _attrs_of(variable: Variable) -> dict[str, Any]:
+def _variable(name: str, attrs: Mapping[str, Any], levels: Sequence[str]) -> Variable:
+    if "role" not in attrs:
+        expected = "expected 'parameter', 'observation' or 'condition' in its attrs['role']"
+        raise DataError(f"{name}: found no role, {expected}; set it or drop the variable")
+    fields = {field: attrs[field] for field in _FIELDS if attrs.get(field) is not None and field != "levels"}
+    if attrs.get("support") == "categorical" and not levels:
+        found = "found no level: no cell is observed and none are declared"
+        raise DataError(f"{name}: {found}; declare its levels or leave the variable out")
+    return Variable(name, levels=tuple(levels), **fields)
+
+
+def _attrs(variable: Variable) -> dict[str, Any]:
+    """What NetCDF and Zarr can hold: no None, no truth values, no empty list."""
     attrs: dict[str, Any] = {"role": variable.role, "support": variable.support, "units": variable.units}
     if variable.support == "interval":
         attrs |= {"lower": variable.lower, "upper": variable.upper}
@@ -318,91 +349,74 @@ def _attrs_of(variable: Variable) -> dict[str, Any]:
     return attrs
 
 
-def _variable(name: str, attrs: Mapping[str, Any]) -> Variable:
-    ends = {end: float(attrs[end]) for end in ("lower", "upper") if attrs.get(end) is not None}
-    return Variable(
-        name,
-        role=str(attrs.get("role")),
-        support=str(attrs.get("support", "real")),
-        units=str(attrs.get("units", "")),
-        levels=tuple(np.atleast_1d(attrs["levels"]).tolist()) if "levels" in attrs else (),
-        resolution=float(attrs.get("resolution", 0.0)),
-        informative=bool(attrs.get("informative", False)),
-        **ends,
-    )
+def _dataset(
+    columns: Mapping[str, Any], fields: Mapping[str, Any], labels: Mapping[str, Any], attrs: Mapping[str, Any]
+) -> xr.Dataset:
+    data = {name: ("row", _array(name, cells), fields[name]) for name, cells in columns.items()}
+    first = next(iter(data), None)
+    rows = len(data[first][1]) if first is not None else 0
+    for name, (_, cells, _) in data.items():
+        if len(cells) != rows:
+            raise DataError(f"{name}: found {len(cells)} rows, expected {rows}, as in {first}")
+    coords = {}
+    for label, cells in labels.items():
+        names = np.full(rows, cells, dtype=object) if isinstance(cells, str) else _array(label, cells)
+        if len(names) != rows:
+            raise DataError(f"{label}: found {len(names)} labels, expected {rows}, one for each row")
+        coords[label] = ("row", names)
+    return xr.Dataset(data, coords=coords, attrs=dict(attrs))
 
 
-def _numbers(name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "fiub":
-        cells = values.astype(np.float64)
-    elif values.dtype.kind in "OUST":
-        import pandas as pd
+def _texts(attribute: Any) -> list[str]:
+    """A list of text, of which NetCDF gives the text itself where there is one."""
+    return [str(item) for item in np.atleast_1d(np.asarray(attribute, dtype=object))]
 
-        blank = pd.isna(values)
-        cells = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(np.float64)
-        text = np.flatnonzero(np.isnan(cells) & ~np.asarray(blank))
-        if len(text):
-            row, found = int(text[0]), str(values[text[0]])
-            hint = "name it categorical, or mend the cell"
-            if found.replace(",", ".", 1).replace(".", "", 1).strip().lstrip("-+").isdigit() and "," in found:
-                hint = 'it looks like a decimal comma: pass decimal=","'
-            raise DataError(f"{name}, row {row}: found text {found!r}, expected a number; {hint}")
+
+# ------------------------------------------------------------------------------------------------ cells
+def _check_shape(ds: xr.Dataset) -> None:
+    if "row" not in ds.dims:
+        raise DataError(f"data: found dimensions {list(ds.sizes)}, expected 'row'; rename the one that counts rows")
+    for name in (*ds.data_vars, *(label for label in _LABELS if label in ds.coords)):
+        array = ds[name]
+        if name in ds.data_vars and (name in _RESERVED or name in ds.dims):
+            raise DataError(f"{name}: the name of a dimension or label, and so none for a variable; rename it")
+        if array.dims != ("row",):
+            found = f"found dimensions {array.dims} of sizes {array.shape}"
+            raise DataError(f"{name}: {found}, expected ('row',), one cell for each row")
+
+
+def _array(name: str, cells: Any) -> np.ndarray:
+    """Cells (N,) as they are; masked ones become NaN or None."""
+    if isinstance(cells, Tensor):
+        array = cells.detach().cpu().numpy()
+    elif isinstance(cells, np.ma.MaskedArray):
+        array = cells.astype(float).filled(np.nan) if cells.dtype.kind in "fiu" else cells.astype(object).filled(None)
     else:
-        raise DataError(f"{name}: cells of type {values.dtype}; expected numbers")
-    infinite = np.flatnonzero(np.isinf(cells))
-    if len(infinite):
-        raise DataError(f"{name}, row {infinite[0]}: found {cells[infinite[0]]}, expected a finite number or NaN")
-    return cells
+        try:
+            array = np.asarray(cells)
+            # numpy turns a NaN among text into the text "nan"
+            array = np.asarray(cells, dtype=object) if array.dtype.kind in "UST" else array
+        except ValueError:
+            raise DataError(f"{name}: found cells of different lengths, expected one cell for each row") from None
+    if array.ndim != 1:
+        raise DataError(f"{name}: found shape {array.shape}, expected (N,), one cell for each row")
+    return array
 
 
-def _text(name: str, values: np.ndarray) -> np.ndarray:
-    import pandas as pd
-
-    blank = np.flatnonzero(pd.isna(values) | (values.astype(str) == ""))
-    if len(blank):
-        raise DataError(f"{name}, row {blank[0]}: blank; expected the name of the {name}")
-    return values.astype(str)
-
-
-def _code_levels(name: str, values: np.ndarray, levels: Any) -> tuple[np.ndarray, list[str]]:
-    """Cells as codes with NaN, and the names of the levels."""
-    import pandas as pd
-
-    known = None if levels is None else [str(level) for level in np.atleast_1d(levels)]
-    missing = np.asarray(pd.isna(values))
-    if known is not None and values.dtype.kind in "fiu":
-        cells = np.where(missing, np.nan, values.astype(np.float64))
-        with np.errstate(invalid="ignore"):
-            bad = np.flatnonzero(~missing & ~((cells >= 0) & (cells < len(known)) & (cells == np.floor(cells))))
-        if len(bad):
-            row = int(bad[0])
-            raise DataError(f"{name}, row {row}: found code {cells[row]:g}, expected 0 … {len(known) - 1} for {known}")
-        return cells, known
-    text = pd.Series(values, dtype=object).where(~missing, "").astype(str).str.strip()
-    missing = (text == "").to_numpy()
-    if known is None:
-        known = sorted(text[~missing].unique())
-    codes = pd.Categorical(text, categories=known).codes.astype(np.float64)
-    unseen = np.flatnonzero((codes < 0) & ~missing)
-    if len(unseen):
-        row = int(unseen[0])
-        raise DataError(f"{name}, row {row}: unseen level {text.iloc[row]!r}; known: {known}")
-    codes[missing] = np.nan
-    if not known:
-        raise DataError(f"{name}: no observed cell in {len(values)} rows; leave the column out")
-    if len(known) == 1:
-        raise DataError(f"{name}: constant, every observed cell is {known[0]}; there is nothing to learn, leave it out")
-    return codes, known
+def _cells(name: str, array: xr.DataArray) -> tuple[np.ndarray, list[str]]:
+    """Cells as float64 with NaN, and the levels that they are codes of; numbers are codes if levels are declared."""
+    levels = _texts(array.attrs["levels"]) if "levels" in array.attrs else None
+    if array.attrs.get("support") != "categorical":
+        return tables.numbers(name, array.values), levels or []
+    if levels is not None and array.dtype.kind in "fiu":
+        return tables.check_codes(name, array.values, levels), levels
+    return tables.codes(name, array.values, levels)
 
 
-def _check_support(variable: Variable, cells: np.ndarray) -> None:
-    with np.errstate(invalid="ignore"):
-        if variable.support == "positive":
-            bad, expected = np.flatnonzero(cells <= 0), "a number above zero; declare it real, or ('interval', 0, …)"
-        elif variable.support == "interval":
-            bad = np.flatnonzero((cells < variable.lower) | (cells > variable.upper))
-            expected = f"a number in [{variable.lower:g}, {variable.upper:g}]"
-        else:
-            return
-    if len(bad):
-        raise DataError(f"{variable.name}, row {bad[0]}: found {cells[bad[0]]:g}, expected {expected}")
+def _level_names(name: str, array: xr.DataArray) -> np.ndarray:
+    """Cells of a categorical variable as names, None where missing."""
+    if "levels" not in array.attrs or array.dtype.kind not in "fiu":
+        return array.values
+    levels = _texts(array.attrs["levels"])
+    cells = tables.check_codes(name, array.values, levels)
+    return np.array([*levels, None], dtype=object)[np.where(np.isnan(cells), -1, cells).astype(int)]

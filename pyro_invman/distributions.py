@@ -73,7 +73,7 @@ class ConditionalFlow(TorchDistribution):
         return constraints.cat([constraints.independent(c, 1) for c in each], -1, [1] * len(each))
 
     def _working(self) -> tuple[Tensor, Tensor]:
-        weights = self.density.enter.weight
+        weights = self.density.out.weight
         known = ~self.given.isnan()
         return self.standardization(self.given).nan_to_num(0.0).to(weights.dtype), known
 
@@ -103,7 +103,7 @@ class ConditionalFlow(TorchDistribution):
         if not self.has_rsample:
             raise NotImplementedError("rsample: a categorical target has no differentiable draw; use sample")
         shape = torch.Size(sample_shape) + self.batch_shape
-        weights = self.density.enter.weight
+        weights = self.density.out.weight
         uniform = torch.rand(*shape, len(self.columns), dtype=weights.dtype, device=weights.device)
         tiny = torch.finfo(weights.dtype).eps
         return self._draw(shape, uniform.clamp(tiny, 1 - tiny))
@@ -147,7 +147,7 @@ class ConditionalFlow(TorchDistribution):
         with torch.no_grad():
             if not self.has_rsample:
                 return self.sample(torch.Size((_QUASI_DRAWS,)))
-            weights = self.density.enter.weight
+            weights = self.density.out.weight
             points = torch.quasirandom.SobolEngine(len(self.columns), scramble=True, seed=0).draw(_QUASI_DRAWS).to(weights)
             points = points.clamp(1e-6, 1 - 1e-6).reshape(_QUASI_DRAWS, *[1] * len(self.batch_shape), len(self.columns))
             return self._draw(torch.Size((_QUASI_DRAWS, *self.batch_shape)), points.expand(_QUASI_DRAWS, *self.batch_shape, -1))

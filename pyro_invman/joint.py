@@ -155,7 +155,7 @@ class JointFlow(PyroModule):
         self.links.copy_(observed.long().T @ observed.long())
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
         self._learn_scales(training_rows)
-        dtype = self.density.enter.weight.dtype
+        dtype = self.density.dtype
         working = self.standardization(training_rows).to(dtype)
         checked = self.standardization(validation_rows).to(dtype)
         rounding = torch.tensor([v.resolution for v in self.variables], dtype=values.dtype)
@@ -230,7 +230,7 @@ class JointFlow(PyroModule):
                 raise DataError(f"targets: {name} is named twice")
             if given and name in given:
                 raise DataError(f"{name} is both a target and given; take it out of one")
-        weights = self.density.enter.weight
+        weights = self.density.out.weight
         row = stack_given(self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype))
         return ConditionalFlow(self.density, self.standardization, self.variables, targets, row.to(weights.device))
 
@@ -308,7 +308,7 @@ def load(folder: str | os.PathLike[str]) -> JointFlow:
     variables = Variables(Variable.from_dict(v) for v in schema["variables"])
     flow = JointFlow(variables, schema["exchangeable"], **schema["architecture"])
     tensors = load_file(weights)
-    dtype = tensors["density.enter.weight"].dtype
+    dtype = tensors["density.out.weight"].dtype
     flow.to(dtype)
     flow.load_state_dict(tensors)
     flow.density.lower.copy_(flow.standardization.lower)

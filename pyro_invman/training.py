@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
 
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
-    batch_size: int = 256
+    batch_size: int = 384
     steps: int | None = None
     warmup: int = 200
     evaluate_every: int = 200

@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Variable:
-    """A named column.
+    """What one column of a table is.
 
     Arguments:
         name: unique in its table.
@@ -36,6 +36,11 @@ class Variable:
 
     Raises:
         DataError: unknown role or support, an interval without finite ordered ends, too few or repeated levels.
+
+    Example::
+
+        >>> Variable("power_W", "parameter", "positive", units="W").constraint
+        GreaterThan(lower_bound=0.0)
     """
 
     name: str
@@ -49,24 +54,41 @@ class Variable:
     informative: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise DataError(f"variable name: found {self.name!r}, expected a non-empty string")
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise DataError(f"variable name: found {self.name!r}, expected a text that is not blank")
         if self.role not in ROLES:
             raise DataError(f"{self.name}: unknown role {self.role!r}; expected one of {list(ROLES)}")
         if self.support not in SUPPORTS:
             raise DataError(f"{self.name}: unknown support {self.support!r}; expected one of {list(SUPPORTS)}")
+        if not isinstance(self.units, str):
+            raise DataError(f"{self.name}: units must be text, found {self.units!r}")
+        self._plain("lower", None if self.lower is None else self._number("lower"))
+        self._plain("upper", None if self.upper is None else self._number("upper"))
+        self._plain("resolution", self._number("resolution"))
+        self._plain("informative", bool(self.informative))
+        self._plain("levels", tuple(str(level) for level in self.levels))
         if self.support == "interval":
             if self.lower is None or self.upper is None or not -math.inf < self.lower < self.upper < math.inf:
-                raise DataError(f"{self.name}: an interval needs finite lower < upper, found {self.lower} and {self.upper}")
+                found = f"found {self.lower} and {self.upper}"
+                raise DataError(f"{self.name}: support 'interval' needs finite lower < upper, {found}")
         elif self.lower is not None or self.upper is not None:
             raise DataError(f"{self.name}: lower and upper belong to support 'interval', not {self.support!r}")
-        object.__setattr__(self, "levels", tuple(str(level) for level in self.levels))
-        if self.discrete and (len(self.levels) < 2 or len(set(self.levels)) < len(self.levels)):
+        if self.discrete and (len(set(self.levels)) < max(2, len(self.levels)) or "" in self.levels):
             raise DataError(f"{self.name}: expected at least two different levels, found {list(self.levels)}")
         if self.levels and not self.discrete:
             raise DataError(f"{self.name}: levels belong to support 'categorical', not {self.support!r}")
-        if not 0.0 <= self.resolution < math.inf:
-            raise DataError(f"{self.name}: resolution must be zero or a positive step, found {self.resolution}")
+        if not 0.0 <= self.resolution < math.inf or (self.discrete and self.resolution):
+            expected = "0, as categories are not rounded" if self.discrete else "0 or a positive step"
+            raise DataError(f"{self.name}: found resolution {self.resolution:g}, expected {expected}")
+
+    def _plain(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
+
+    def _number(self, field: str) -> float:
+        try:
+            return float(getattr(self, field))
+        except (TypeError, ValueError):
+            raise DataError(f"{self.name}: {field} must be a number, found {getattr(self, field)!r}") from None
 
     @property
     def discrete(self) -> bool:
@@ -89,8 +111,15 @@ class Variable:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Variable:
-        """What `to_dict` gave."""
-        return cls(**{**fields, "levels": tuple(fields.get("levels", ()))})
+        """The variable that `to_dict` described.
+
+        Raises:
+            DataError: a field is missing or unknown.
+        """
+        try:
+            return cls(**fields)
+        except TypeError:
+            raise DataError(f"variable {fields!r}: expected the fields {list(cls.__dataclass_fields__)}") from None
 
 
 class Variables(Sequence[Variable]):
@@ -161,7 +190,7 @@ class Variables(Sequence[Variable]):
 
     @classmethod
     def from_list(cls, items: Iterable[dict[str, Any]]) -> Variables:
-        """What `to_list` gave."""
+        """The variables that `to_list` described."""
         return cls(Variable.from_dict(item) for item in items)
 
 
@@ -172,82 +201,125 @@ class Standardization(nn.Module):
 
     with h the logarithm for a positive variable and the identity for a real or interval one; m and s are the mean and
     standard deviation of h over the observed cells. A categorical cell keeps its code. NaN stays NaN, and gradients
-    elsewhere stay finite.
+    elsewhere stay finite. Inner arithmetic and the buffers `loc` and `scale` (D,) stay in double precision whatever
+    the dtype of the module: a large mean would eat the digits of the cells. Results have the dtype of the argument.
 
     Every method takes `index`, the columns that the last dimension of its argument holds (default: all D).
+
+    Arguments:
+        variables: the D columns. A new instance has loc 0 and scale 1; see `fit`.
+
+    Example::
+
+        >>> variables = Variables([Variable("width_um", "observation", "positive", units="um")])
+        >>> values = torch.tensor([[10.0], [float("nan")], [1000.0]], dtype=torch.float64)
+        >>> Standardization.fit(variables, values)(values)[:, 0].tolist()
+        [-1.0, nan, 1.0]
     """
 
     loc: Tensor
     scale: Tensor
     _log: Tensor
     _fixed: Tensor
+    _ends: Tensor
 
     def __init__(self, variables: Variables) -> None:
         super().__init__()
-        self._ends = [(v.lower, v.upper) for v in variables]
-        dim = len(variables)
-        self.register_buffer("loc", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(dim, dtype=torch.float64))
+        ends = [
+            (-math.inf if v.lower is None else v.lower, math.inf if v.upper is None else v.upper) for v in variables
+        ]
+        self.names = variables.names
+        self.register_buffer("loc", torch.zeros(len(variables), dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(len(variables), dtype=torch.float64))
         self.register_buffer("_log", torch.tensor([v.support == "positive" for v in variables]), persistent=False)
         self.register_buffer("_fixed", torch.tensor([v.discrete for v in variables]), persistent=False)
+        self.register_buffer("_ends", torch.tensor(ends, dtype=torch.float64).T.contiguous(), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Moves with the module, but stays in double precision: a large mean would eat the digits of the cells."""
+    def _apply(self, fn: Any, recurse: bool = True) -> Standardization:
+        """Moves with the module it is part of, but keeps its digits."""
+        kept = {name: self._buffers[name] for name in ("loc", "scale", "_ends")}
         super()._apply(fn, recurse)
-        self.loc, self.scale = self.loc.double(), self.scale.double()
+        for name, double in kept.items():
+            if double is not None and self._buffers[name] is not None and not double.is_meta:
+                self._buffers[name] = double.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
     @classmethod
     def fit(cls, variables: Variables, values: Tensor) -> Standardization:
-        """From rows (N, D) in natural units with NaN; a column with no spread keeps scale one."""
+        """The standardization of rows (N, D) in natural units, NaN where not measured.
+
+        A column without observed cells keeps loc 0; one without spread keeps scale 1.
+
+        Raises:
+            DataError: wrong shape, an infinite cell, or a positive variable with a cell that is not.
+        """
         new = cls(variables)
+        if values.dim() != 2 or values.shape[-1] != len(variables):
+            raise DataError(f"values: found shape {tuple(values.shape)}, expected (N, {len(variables)})")
         values = values.to(new.loc)
         seen = ~values.isnan()
-        h = torch.where(new._log, values.nan_to_num(1.0).clamp_min(torch.finfo(torch.float64).tiny).log(), values.nan_to_num(0.0))
+        bad = values.isinf() | (new._log & (values <= 0))
+        if bool(bad.any()):
+            row, column = (int(i) for i in bad.nonzero()[0])
+            kind = "positive, finite" if new._log[column] else "finite"
+            found = f"{values[row, column].item():g}"
+            raise DataError(f"{new.names[column]}, row {row}: found {found}, expected a {kind} number or NaN")
+        h = torch.where(seen, torch.where(new._log & seen, values, 1.0).log().where(new._log, values), 0.0)
         count = seen.sum(0).clamp_min(1)
-        loc = (h * seen).sum(0) / count
-        scale = (((h - loc).square() * seen).sum(0) / count).sqrt()
-        new.loc.copy_(torch.where(new._fixed, 0.0, loc))
-        new.scale.copy_(torch.where(new._fixed | (scale <= 0), 1.0, scale))
+        loc = h.sum(0) / count
+        scale = ((h - loc).square().where(seen, 0.0).sum(0) / count).sqrt()
+        # the mean of equal numbers is off by its rounding, which is not a spread
+        spread = scale > 1e-14 * loc.abs()
+        new.loc.copy_(loc.masked_fill(new._fixed, 0.0))
+        new.scale.copy_(scale.where(spread & ~new._fixed, 1.0))
         return new
 
     @property
     def lower(self) -> Tensor:
         """Lower bounds (D,) in working coordinates, −inf where there is none."""
-        ends = torch.tensor([-math.inf if low is None else low for low, _ in self._ends], dtype=torch.float64)
-        return (ends.to(self.loc.device) - self.loc) / self.scale
+        return (self._ends[0] - self.loc) / self.scale
 
     @property
     def upper(self) -> Tensor:
         """Upper bounds (D,) in working coordinates, inf where there is none."""
-        ends = torch.tensor([math.inf if high is None else high for _, high in self._ends], dtype=torch.float64)
-        return (ends.to(self.loc.device) - self.loc) / self.scale
+        return (self._ends[1] - self.loc) / self.scale
 
-    def _parts(self, index: Sequence[int] | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parts = (self._log, self._fixed, self.loc, self.scale)
-        columns = list(range(len(self.loc))) if index is None else list(index)
-        if like.shape[-1] != len(columns):
-            raise DataError(f"values: the last dimension has {like.shape[-1]} cells, expected {len(columns)}")
-        log, fixed, loc, scale = (part[columns] for part in parts)
-        return log, fixed, loc, scale
+    def _columns(self, index: Sequence[int] | Tensor | None, cells: Tensor) -> Tensor:
+        device = self.loc.device
+        columns = torch.arange(len(self.loc), device=device) if index is None else torch.as_tensor(index, device=device)
+        if cells.dim() == 0 or cells.shape[-1] != len(columns):
+            found = f"found shape {tuple(cells.shape)}"
+            raise DataError(f"values: {found}, expected (..., {len(columns)}), a cell for each column")
+        return columns.long()
 
-    def forward(self, values: Tensor, index: Sequence[int] | None = None) -> Tensor:
+    def forward(self, values: Tensor, index: Sequence[int] | Tensor | None = None) -> Tensor:
         """Natural units (..., D) to working coordinates (..., D)."""
-        log, _, loc, scale = self._parts(index, values)
-        safe = torch.where(log & ~values.isnan(), values, 1.0)
-        result = (torch.where(log, safe.log(), values.nan_to_num(0.0)) - loc) / scale
-        return torch.where(values.isnan(), math.nan, result.to(values.dtype))
+        columns = self._columns(index, values)
+        log, missing = self._log[columns], values.isnan()
+        # fill before the logarithm, mask after: a NaN that only `where` hides still ruins the gradient
+        v = torch.where(missing, 1.0, values.to(self.loc.dtype))
+        u = (torch.where(log, torch.where(log, v, 1.0).log(), v) - self.loc[columns]) / self.scale[columns]
+        return torch.where(missing, math.nan, u).to(torch.result_type(values, 1.0))
 
-    def inverse(self, working: Tensor, index: Sequence[int] | None = None) -> Tensor:
-        """Working coordinates (..., D) to natural units (..., D)."""
-        log, _, loc, scale = self._parts(index, working)
-        h = torch.where(working.isnan(), 0.0, working) * scale + loc
-        natural = torch.where(log, torch.where(log, h, 0.0).exp(), h)
-        return torch.where(working.isnan(), math.nan, natural.to(working.dtype))
+    def inverse(self, working: Tensor, index: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Working coordinates (..., D) to natural units (..., D).
 
-    def log_abs_det_jacobian(self, values: Tensor, index: Sequence[int] | None = None) -> Tensor:
-        """log |du/dv| of each cell (..., D); 0 for a categorical or missing one."""
-        log, fixed, _, scale = self._parts(index, values)
-        safe = torch.where(log & ~values.isnan(), values, 1.0)
-        result = torch.where(log, -safe.log(), 0.0) - scale.log()
-        return torch.where(values.isnan() | fixed, 0.0, result).to(values.dtype)
+        What lies past an end of its interval by rounding only (1e-5 of its length) is put on that end.
+        """
+        columns = self._columns(index, working)
+        log, missing = self._log[columns], working.isnan()
+        lower, upper = self._ends[:, columns]
+        h = torch.where(missing, 0.0, working.to(self.loc.dtype)) * self.scale[columns] + self.loc[columns]
+        rounding = 1e-5 * (upper - lower)
+        h = torch.where((h < lower) & (h > lower - rounding), lower, h)
+        h = torch.where((h > upper) & (h < upper + rounding), upper, h)
+        v = torch.where(log, torch.where(log, h, 0.0).exp(), h)
+        return torch.where(missing, math.nan, v).to(torch.result_type(working, 1.0))
+
+    def log_abs_det_jacobian(self, values: Tensor, index: Sequence[int] | Tensor | None = None) -> Tensor:
+        """log |du/dv| of each cell (..., D) of `values` in natural units; 0 for a categorical or missing one."""
+        columns = self._columns(index, values)
+        log, missing = self._log[columns], values.isnan()
+        v = torch.where(log & ~missing, values.to(self.loc.dtype), 1.0)
+        result = -v.log() - self.scale[columns].log()
+        return torch.where(missing | self._fixed[columns], 0.0, result).to(torch.result_type(values, 1.0))

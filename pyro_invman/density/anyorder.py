@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_invman.density.context import Context, Layout
+from pyro_invman.density.backbones import Block, MaskedMLP, TokenTransformer
+from pyro_invman.density.context import PER_CELL, Context, Layout
 from pyro_invman.density.univariate import Mixture, Spline
 
 class Parameters(NamedTuple):
@@ -33,28 +34,14 @@ class Parameters(NamedTuple):
     logits: Tensor | None
 
 
-class Block(nn.Module):
-    """A residual block, the identity when new."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, width)
-        self.down = nn.Linear(width, width)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(F.silu(self.up(F.silu(self.norm(hidden)))))
-
-
 class AnyOrderFlow(nn.Module):
     """p(any cells | any others) of one row, in working coordinates.
 
     Arguments:
         layout: what the columns are.
         width: of the hidden layers.
-        trunk_blocks: residual blocks that see the known cells.
+        backbone: what reads the known cells, a masked residual ``mlp`` or a token ``transformer``.
+        trunk_blocks: blocks of the backbone.
         head_blocks: residual blocks that see the target too.
         head: ``mixture`` of truncated normals, or monotone rational-quadratic ``spline``.
         components: of the mixture, or bins of the spline.
@@ -72,6 +59,7 @@ class AnyOrderFlow(nn.Module):
         self,
         layout: Layout,
         width: int = 128,
+        backbone: str = "mlp",
         trunk_blocks: int = 3,
         head_blocks: int = 1,
         head: str = "mixture",
@@ -82,10 +70,12 @@ class AnyOrderFlow(nn.Module):
         super().__init__()
         if head not in ("mixture", "spline"):
             raise ValueError(f"head: expected 'mixture' or 'spline', found {head!r}")
+        if backbone not in ("mlp", "transformer"):
+            raise ValueError(f"backbone: expected 'mlp' or 'transformer', found {backbone!r}")
         self.layout, self.kind, self.components, self.min_scale = layout, head, components, min_scale
         self.dim, self.max_levels = len(layout.levels), max(layout.levels)
         self.bounded = bool((layout.lower.isfinite() | layout.upper.isfinite()).any())
-        self.context = Context(layout, group_width)
+        self.context = Context(layout)
         slots = self.context.slots()
         fixed = {
             "lower": layout.lower.to(torch.get_default_dtype()),
@@ -96,10 +86,13 @@ class AnyOrderFlow(nn.Module):
         }
         for name, entries in fixed.items():
             self.register_buffer(name, entries, persistent=False)
-        self.enter = nn.Linear(self.context.num_features, width)
-        self.trunk = nn.ModuleList(Block(width) for _ in range(trunk_blocks))
+        self.backbone: nn.Module = (
+            MaskedMLP(self.context, width, trunk_blocks, group_width)
+            if backbone == "mlp"
+            else TokenTransformer(self.context, width, trunk_blocks)
+        )
         self.slot_embedding = nn.Embedding(max(slots) + 1, width)
-        self.query = nn.Linear(2 + self.context.own_size, width)
+        self.query = nn.Linear(2 + PER_CELL * sum(self.context.member_sizes), width)
         self.head = nn.ModuleList(Block(width) for _ in range(head_blocks))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 3 * components + (head == "spline"))
@@ -119,9 +112,7 @@ class AnyOrderFlow(nn.Module):
     def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor) -> Parameters:
         """What the heads of `targets` (B, T) need, given the cells of `values` (B, D) that are `known` (B, D)."""
         seen = self.context(values, known)
-        hidden = self.enter(seen.features)
-        for block in self.trunk:
-            hidden = block(hidden)
+        hidden = self.backbone(seen)
         cells = self.context.first[targets]
         mean, scale = seen.mean.gather(1, cells), seen.scale.gather(1, cells)
         asked = torch.cat([mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1)
@@ -183,6 +174,10 @@ class AnyOrderFlow(nn.Module):
             scale.reshape(shape),
             None if logits is None else logits.reshape(*shape, self.max_levels),
         ), column
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out.weight.dtype
 
     # ------------------------------------------------------------------ whole queries
     def log_prob(

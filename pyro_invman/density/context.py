@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_invman.density.gaussian import GaussianBase
 
-_PER_CELL = 4  # value, normal score, leave-one-out residual, known or not
+PER_CELL = 4  # value, normal score, leave-one-out residual, known or not
 
 
 class Layout(NamedTuple):
@@ -27,22 +27,24 @@ class Layout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """`features` (B, F) of the known cells, their members' cells group by group (B, M, ·), and what the Gaussian base
-    says of every cell (B, E)."""
+    """The known cells of B rows, zero where a cell is not known.
 
-    features: Tensor
+    `singles` (B, S, 4) outside groups, `members` (B, M, 4 C) and which of them are `present` (B, M) group by group, and
+    what the Gaussian base says of every cell, `mean` and `scale` (B, E).
+    """
+
+    singles: Tensor
     members: list[Tensor]
+    present: list[Tensor]
     mean: Tensor
     scale: Tensor
 
 
 class Context(nn.Module):
-    """Known cells to features.
+    """Known cells to what a network reads.
 
     A known cell shows as its value, its normal score (so that a skewed or heavy-tailed column is readable at both
-    ends), its leave-one-out residual under the Gaussian base, and a flag. Members of an exchangeable group pass through
-    one shared network and are summed, so their order cannot matter (Zaheer et al., *Deep sets*, NeurIPS 2017). In the
-    base, a categorical column is one indicator a level.
+    ends), its leave-one-out residual under the Gaussian base, and a flag. A categorical column is one indicator a level.
     """
 
     owner: Tensor
@@ -53,7 +55,7 @@ class Context(nn.Module):
     knots: Tensor
     scores: Tensor
 
-    def __init__(self, layout: Layout, group_width: int = 64, num_knots: int = 33) -> None:
+    def __init__(self, layout: Layout, num_knots: int = 33) -> None:
         super().__init__()
         self.layout = layout
         dim = len(layout.levels)
@@ -81,18 +83,8 @@ class Context(nn.Module):
         self.base = GaussianBase(len(owner))
         self.register_buffer("knots", torch.linspace(-4, 4, num_knots).repeat(dim, 1))
         self.register_buffer("scores", torch.special.ndtri((torch.arange(num_knots) + 0.5) / num_knots), persistent=False)
-        self.sets = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(_PER_CELL * len(group[0]), group_width),
-                nn.SiLU(),
-                nn.Linear(group_width, group_width),
-                nn.SiLU(),
-                nn.Linear(group_width, group_width),
-            )
-            for group in layout.groups
-        )
-        self.num_features = _PER_CELL * len(fixed["single"]) + len(layout.groups) * (2 * group_width + 1)
-        self.own_size = sum(_PER_CELL * len(group[0]) for group in layout.groups)
+        self.num_singles = len(fixed["single"])
+        self.member_sizes = [len(group[0]) for group in layout.groups]
 
     def columns_of(self, group: int) -> Tensor:
         """Columns (M, C) of a group."""
@@ -138,14 +130,14 @@ class Context(nn.Module):
             torch.ones_like(cells),
         )
         seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (B, E, 4)
-        features, members = [seen[:, self.single].flatten(1)], []
-        for g, network in enumerate(self.sets):
-            columns = self.columns_of(g)
-            members.append(seen[:, self.first[columns]].flatten(-2))  # (B, M, 4 C)
-            present = known[:, columns].any(-1, keepdim=True).to(values)
-            total, count = (network(members[-1]) * present).sum(1), present.sum(1)
-            features += [total / len(columns), total / count.clamp_min(1), count]
-        return Seen(torch.cat(features, -1), members, mean, scale)
+        groups = [self.columns_of(g) for g in range(len(self.member_sizes))]
+        return Seen(
+            seen[:, self.single],
+            [seen[:, self.first[columns]].flatten(-2) for columns in groups],
+            [known[:, columns].any(-1) for columns in groups],
+            mean,
+            scale,
+        )
 
     def own(self, members: list[Tensor], targets: Tensor) -> list[Tensor]:
         """The known cells of the member that each target (B, T) belongs to, group by group; zero for one in no group."""

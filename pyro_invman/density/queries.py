@@ -23,12 +23,12 @@ class QueryMix(NamedTuple):
     `uniform`: each cell given with a rate that is itself uniform. `block`: whole roles given or not.
     """
 
-    parameters: float = 0.4
+    parameters: float = 0.5
     observations: float = 0.1
     conditions: float = 0.0
     joint: float = 0.1
-    uniform: float = 0.3
-    block: float = 0.1
+    uniform: float = 0.25
+    block: float = 0.05
 
     def draw(
         self, observed: Tensor, roles: Tensor, number: int, generator: torch.Generator | None = None

@@ -155,7 +155,9 @@ def _isotherm(peclet: Tensor, level: Tensor, nodes: int) -> Isotherm:
         middle = (rear + front) / 2
         down = _widest(integrand, integrand.sink, rear, front, goal, middle, start)
         wake = _widest(integrand, integrand.spread, rear, front, goal, middle, start)
-        spot = _widest(integrand, integrand.spread, rear, front, goal, top, start)  # a fast pool has two bulges
+        spot = _widest(
+            integrand, integrand.spread, rear, front, goal, top, start
+        )  # a fast pool has two bulges
         across = tuple(torch.where(spot[1] > wake[1], s, w) for s, w in zip(spot, wake, strict=True))
 
     drift = peclet.unsqueeze(-1) * (integrand.drift / peclet.detach().unsqueeze(-1))
@@ -254,7 +256,8 @@ def _by_nodes(peclet: Tensor, reach: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _map(peclet: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """The bend c of the map r = asinh(c sinh m) / c, and the m beyond which nothing reaches `reach` + 2 behind.
+    """The bend c of the map r = asinh(c sinh m) / c, and the m beyond which nothing reaches `reach` + 2
+    behind.
 
     The integrand varies over the distance 1 + r in r, and far out, where the heat of a fast beam lies in a
     narrow wake, over 1 / Pe: the map is even for r < 1, exponential up to 1 / c, and even again.

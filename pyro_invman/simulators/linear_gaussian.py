@@ -1,13 +1,12 @@
-r"""Linear-Gaussian processes, with closed forms for every density, conditional, task posterior and
-information gain.
+r"""Linear-Gaussian processes: closed forms for densities, conditionals, task posteriors and information gain.
 
 `LinearGaussian` is one row of D variables, :math:`v \sim N(\mu, \Sigma)`. `HierarchicalLinearGaussian` ties
 the rows of a task by a latent :math:`z \sim N(0, I_L)`,
 
 .. math:: v_n = \mu + W z + e_n, \qquad e_n \sim N(0, \Sigma)
 
-where W is zero for parameters and conditions: settings are no evidence about the task, :math:`p(x \mid z) =
-p(x)`, and :math:`p(y \mid x, z) = N(\mu_y + W_y z + \Sigma_{yx} \Sigma_{xx}^{-1} (x - \mu_x), \Sigma_{y|x})`.
+where W is zero for parameters and conditions, since settings are no evidence about the task: p(x | z) is p(x)
+and :math:`p(y | x, z) = N(\mu_y + W_y z + \Sigma_{yx} \Sigma_{xx}^{-1} (x - \mu_x), \Sigma_{y|x})`.
 Cells that are missing (NaN) are integrated out exactly. Everything is computed in float64.
 """
 
@@ -22,7 +21,7 @@ from pyro.distributions import MultivariateNormal
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_invman.data import from_columns
+from pyro_invman.data import from_tensor
 from pyro_invman.variables import DataError, Variable, Variables
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ class LinearGaussian:
     Arguments:
         variables: The D variables, all of support "real".
         mean: :math:`\mu`, shape (..., D).
-        covariance: :math:`\Sigma`, shape (..., D, D), positive definite. Leading dimensions are batches of
-            processes.
+        covariance: :math:`\Sigma`, shape (..., D, D), positive definite.
 
     Raises:
         DataError: If a shape, a support or the covariance does not fit.
@@ -78,8 +76,7 @@ class LinearGaussian:
     def conditional(
         self, targets: Sequence[str], given: Mapping[str, Tensor | float] | None = None
     ) -> MultivariateNormal:
-        """p(targets | given), event shape (len(targets),); batch shape is that of the givens and of the
-        process.
+        """p(targets | given), of event shape (len(targets),) and the batch shape of the givens.
 
         A NaN in a given is a cell that is not known.
         """
@@ -88,20 +85,16 @@ class LinearGaussian:
         _check_query(targets, given)
         values = torch.full_like(self.mean, math.nan)
         if given:
-            cells = torch.broadcast_tensors(
-                *(torch.as_tensor(cell, dtype=torch.float64) for cell in given.values())
-            )
-            values = values.expand(torch.broadcast_shapes(values.shape, (*cells[0].shape, 1))).clone()
-            values[..., known] = torch.stack(cells, -1).expand(values[..., known].shape)
+            cells = [torch.as_tensor(cell, dtype=torch.float64) for cell in given.values()]
+            shape = torch.broadcast_shapes(self.mean.shape[:-1], *(cell.shape for cell in cells))
+            values = values.expand(*shape, -1).clone()
+            values[..., known] = torch.stack([cell.expand(shape) for cell in cells], -1)
         seen = ~values.isnan()
-        gain = _solve(
-            self.covariance, seen, self.covariance[..., :, columns]
-        )  # zero rows where nothing is known
+        shared = self.covariance[..., :, columns]
+        gain = _solve(self.covariance, seen, shared)
         residual = torch.where(seen, values.nan_to_num(0.0) - self.mean, 0.0)
         loc = self.mean[..., columns] + (gain * residual.unsqueeze(-1)).sum(-2)
-        covariance = (
-            self.covariance[..., columns, :][..., columns] - gain.mT @ self.covariance[..., :, columns]
-        )
+        covariance = shared[..., columns, :] - gain.mT @ shared
         return MultivariateNormal(loc, covariance_matrix=(covariance + covariance.mT) / 2)
 
     def kl_conditional(
@@ -115,17 +108,14 @@ class LinearGaussian:
         r"""KL(p(targets | given) ‖ other) in nats, of the batch shape of the conditional.
 
         A closed form for a `MultivariateNormal`; for any other distribution over the same targets the mean of
-        :math:`\log p - \log q` over `num_samples` draws from p, half of them the others' reflections at the
-        mean.
+        :math:`\log p - \log q` over `num_samples` draws from p in antithetic pairs.
         """
         exact = self.conditional(targets, given)
         if isinstance(other, torch.distributions.MultivariateNormal):
             return kl_divergence(exact, other)
-        half = torch.randn(
-            ((num_samples + 1) // 2, *exact.batch_shape, len(targets)),
-            dtype=torch.float64,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        generator = torch.Generator().manual_seed(seed)
+        shape = (-(-num_samples // 2), *exact.batch_shape, len(targets))
+        half = torch.randn(shape, dtype=torch.float64, generator=generator)
         draws = exact.loc + (exact.scale_tril @ torch.cat([half, -half]).unsqueeze(-1)).squeeze(-1)
         return (exact.log_prob(draws) - other.log_prob(draws)).mean(0)
 
@@ -157,14 +147,12 @@ class LinearGaussian:
             driver: Name of the variable that decides, at random; default the first.
         """
         if self.mean.dim() > 1:
-            raise DataError(
-                f"sample: a batch {tuple(self.mean.shape[:-1])} of processes; expected a single one"
-            )
+            raise DataError(f"mean has shape {tuple(self.mean.shape)}; expected one process to sample, (D,)")
         generator = torch.Generator().manual_seed(seed)
         values = _rows(self.mean, self.covariance, (num_rows,), generator)
         column = 0 if driver is None else self.variables.index(driver)
         score = (values[:, column] - self.mean[column]) / self.covariance[column, column].sqrt()
-        return _dataset(self.variables, _leave_out(values, score, column, missing, mechanism, generator))
+        return from_tensor(_leave_out(values, score, column, missing, mechanism, generator), self.variables)
 
     def _columns(self, values: Tensor) -> Tensor:
         if values.shape[-1:] != (len(self.variables),):
@@ -180,8 +168,7 @@ class LinearGaussian:
 
 
 class HierarchicalLinearGaussian:
-    r"""Rows of tasks, :math:`v_n = \mu + W z + e_n` with :math:`z \sim N(0, I_L)` shared by the rows of a
-    task.
+    r"""Rows of tasks, :math:`v_n = \mu + W z + e_n`, where :math:`z \sim N(0, I_L)` is shared within a task.
 
     Arguments:
         variables: The D variables, all of support "real".
@@ -236,8 +223,7 @@ class HierarchicalLinearGaussian:
     ) -> HierarchicalLinearGaussian:
         """Parameters x1, …, observations y1, … as in `LinearGaussian.random`, with a random loading.
 
-        `task_share` is the share of an observation's variance, given its row's parameters, that is between
-        tasks.
+        `task_share` is the share that is between tasks of an observation's variance given the parameters.
         """
         if not 0 <= task_share < 1:
             raise DataError(f"task_share is {task_share}; expected at least 0 and below 1")
@@ -261,9 +247,8 @@ class HierarchicalLinearGaussian:
         """The process of one new row of the task of which `rows` (..., K, D) are known, z integrated out."""
         latent = self.task_posterior(rows)
         mean = self.mean + latent.loc @ self.loading.mT
-        return LinearGaussian(
-            self.variables, mean, self.covariance + self.loading @ latent.covariance_matrix @ self.loading.mT
-        )
+        between = self.loading @ latent.covariance_matrix @ self.loading.mT
+        return LinearGaussian(self.variables, mean, self.covariance + between)
 
     def task_posterior(self, rows: Tensor) -> MultivariateNormal:
         """p(z | rows), event shape (L,), of rows (..., K, D). No rows, or no observed y, give the prior."""
@@ -285,37 +270,32 @@ class HierarchicalLinearGaussian:
         return self.row_given_rows(rows).conditional(targets, given)
 
     def log_evidence(self, rows: Tensor) -> Tensor:
-        r"""Task evidence :math:`\log \int p(z) \prod_n p(y_n \mid x_n, z) \, dz`, shape (...), of rows (...,
-        K, D).
+        r"""Evidence (...) of rows (..., K, D) of a task, :math:`\log \int p(z) \prod_n p(y_n | x_n, z) dz`.
 
-        The difference `log_evidence(both) - log_evidence(old)` is the joint log-density of new rows given old
-        ones.
+        `log_evidence(old and new rows) - log_evidence(old rows)` is the joint log-density of the new ones.
         """
         residual = self._residual(rows)
         settings = torch.tensor([v.role != "observation" for v in self.variables])
-        apart = _log_normal(residual, self.covariance) - _log_normal(
-            torch.where(settings, residual, math.nan), self.covariance
-        )
+        of_settings = _log_normal(torch.where(settings, residual, math.nan), self.covariance)
+        apart = _log_normal(residual, self.covariance) - of_settings
         precision, shift = self._evidence(rows)
         explained = (shift * torch.linalg.solve(precision, shift.unsqueeze(-1)).squeeze(-1)).sum(-1)
         return apart.sum(-1) + (explained - torch.linalg.slogdet(precision).logabsdet) / 2
 
     def information_gain(self, measured: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Expected information gain in nats, (...), about z of measuring new rows, after `rows` (..., K, D)
-        or none.
+        """Expected information gain (nats) about z, shape (...), of measuring new rows. Values do not matter.
 
         Arguments:
-            measured: Which cells of the new rows would be observed, bool (..., N, D). Their values do not
-                matter.
-            rows: What is known of the task already.
+            measured: Which cells of the new rows would be observed, bool (..., N, D).
+            rows: What is known of the task already, (..., K, D).
         """
         if measured.dtype != torch.bool:
             raise DataError(
-                f"measured has type {measured.dtype}; expected torch.bool, True where a cell is observed"
+                f"measured has type {measured.dtype}; expected torch.bool, True for observed cells"
             )
-        before = torch.eye(self.latent_dim, dtype=torch.float64) if rows is None else self._evidence(rows)[0]
-        design = self._evidence(torch.where(measured, self.mean, math.nan))[0]
-        after = before + design - torch.eye(self.latent_dim, dtype=torch.float64)
+        prior = torch.eye(self.latent_dim, dtype=torch.float64)
+        before = prior if rows is None else self._evidence(rows)[0]
+        after = before + self._evidence(torch.where(measured, self.mean, math.nan))[0] - prior
         return (torch.linalg.slogdet(after).logabsdet - torch.linalg.slogdet(before).logabsdet) / 2
 
     def sample_latent(self, num_tasks: int, seed: int) -> Tensor:
@@ -341,9 +321,8 @@ class HierarchicalLinearGaussian:
         variance = self.covariance[column, column] + self.loading[column].square().sum()
         score = (values[:, column] - self.mean[column]) / variance.sqrt()
         values = _leave_out(values, score, column, missing, mechanism, generator)
-        return _dataset(
-            self.variables, values, [f"task {t}" for t in range(num_tasks) for _ in range(rows_per_task)]
-        )
+        task = [f"task {t}" for t in range(num_tasks) for _ in range(rows_per_task)]
+        return from_tensor(values, self.variables).assign_coords(task=("row", task))
 
     def _residual(self, rows: Tensor) -> Tensor:
         if rows.dim() < 2 or rows.shape[-1] != len(self.variables):
@@ -374,9 +353,7 @@ def _random_normal(dim: int, condition_number: float, generator: torch.Generator
 def _check_process(variables: Variables, mean: Tensor, covariance: Tensor) -> None:
     for variable in variables:
         if variable.support != "real":
-            raise DataError(
-                f"{variable.name} has support {variable.support}; a linear-Gaussian process needs real"
-            )
+            raise DataError(f"{variable.name} has support {variable.support}; expected real")
     dim = len(variables)
     if mean.shape[-1:] != (dim,) or covariance.shape[-2:] != (dim, dim):
         raise DataError(
@@ -384,9 +361,7 @@ def _check_process(variables: Variables, mean: Tensor, covariance: Tensor) -> No
             f"expected (..., {dim}) and (..., {dim}, {dim}) for {', '.join(variables.names)}"
         )
     if not torch.allclose(covariance, covariance.mT) or torch.linalg.cholesky_ex(covariance).info.any():
-        raise DataError(
-            "covariance is not symmetric and positive definite; expected that of a proper density"
-        )
+        raise DataError("covariance: found one that is not symmetric and positive definite, expected both")
 
 
 def _check_query(targets: Sequence[str], given: Sequence[str] | Mapping[str, object]) -> None:
@@ -412,18 +387,12 @@ def _leave_out(
         raise DataError(f"mechanism is {mechanism!r}; expected one of {', '.join(MECHANISMS)}")
     chance = torch.tensor(missing, dtype=torch.float64).expand(values.shape)
     if mechanism == "at_random" and missing > 0:
-        threshold = math.sqrt(1 + _STEEPNESS**2) * torch.special.ndtri(
-            chance
-        )  # E Phi(b + s t) = Phi(b / sqrt(1 + s^2))
-        chance = torch.special.ndtr(threshold + _STEEPNESS * score.unsqueeze(-1))
+        # E Phi(b + s t) = Phi(b / sqrt(1 + s^2)) for standard normal t
+        intercept = math.sqrt(1 + _STEEPNESS**2) * torch.special.ndtri(chance)
+        chance = torch.special.ndtr(intercept + _STEEPNESS * score.unsqueeze(-1))
         chance = chance.index_fill(-1, torch.tensor([driver]), 0.0)
     left_out = torch.rand(values.shape, dtype=torch.float64, generator=generator) < chance
     return values.masked_fill(left_out, math.nan)
-
-
-def _dataset(variables: Variables, values: Tensor, task: Sequence[str] | None = None) -> xr.Dataset:
-    columns = dict(zip(variables.names, values.mT.numpy(), strict=True))
-    return from_columns(columns, roles={v.name: v.role for v in variables}, task=task)
 
 
 def _masked(covariance: Tensor, seen: Tensor) -> Tensor:

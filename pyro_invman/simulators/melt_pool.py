@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_invman.data import from_columns
+from pyro_invman.data import from_tensor, validate
 from pyro_invman.simulators import eagar_tsai
-from pyro_invman.variables import DataError
+from pyro_invman.variables import DataError, Variable, Variables
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -63,10 +63,28 @@ ALLOYS = {  # density kg/m^3, heat capacity J/kg/K, conductivity W/m/K, melting 
 """Handbook values, rounded, at about room temperature."""
 
 SOURCES = ("experiment", "analytic")
+VARIABLES = Variables(
+    [
+        Variable("power_W", "parameter", "positive", "W"),
+        Variable("speed_mm_s", "parameter", "positive", "mm/s"),
+        Variable("beam_um", "parameter", "positive", "um"),
+        Variable("layer_um", "parameter", "positive", "um"),
+        Variable("absorptivity", "parameter", "interval", "1", 0.0, 1.0),
+        Variable("beam_offset_um", "parameter", "interval", "um", -BEAM_OFFSET_UM, BEAM_OFFSET_UM),
+        Variable("rho_kg_m3", "condition", "positive", "kg/m^3"),
+        Variable("cp_J_kgK", "condition", "positive", "J/kg/K"),
+        Variable("k_W_mK", "condition", "positive", "W/m/K"),
+        Variable("tmelt_K", "condition", "positive", "K"),
+        Variable("depth_um", "observation", "positive", "um"),
+        Variable("width_um", "observation", "positive", "um"),
+        Variable("length_um", "observation", "positive", "um"),
+        Variable("porosity_pct", "observation", "positive", "%"),
+    ]
+)
 
-_PROPERTIES = ("rho_kg_m3", "cp_J_kgK", "k_W_mK", "tmelt_K")
+_PROPERTIES = VARIABLES.with_role("condition")
 _PROPERTY_SPREAD = 0.10
-_HIDDEN = {"absorptivity": (0.0, 1.0), "beam_offset_um": (-BEAM_OFFSET_UM, BEAM_OFFSET_UM)}
+_HIDDEN = ("absorptivity", "beam_offset_um")
 _LOWEST = {"power_W": 60.0, "speed_mm_s": 100.0, "beam_um": 60.0, "layer_um": 20.0}
 _HIGHEST = {"power_W": 500.0, "speed_mm_s": 2500.0, "beam_um": 130.0, "layer_um": 80.0}
 _LEAST_KE, _MOST_KE = 1.25, 15.0  # at nominal absorptivity and beam; every track then melts in truth
@@ -80,10 +98,6 @@ _RECORDS = (  # how often an experiment records which of depth, width, length
 )
 _POROSITY_FLOOR = 0.05  # per cent
 _POWDER_VOIDS = 0.45  # share of unmelted powder that is empty
-_UNITS = dict.fromkeys(_LOWEST, "um") | {"power_W": "W", "speed_mm_s": "mm/s"}
-_UNITS |= {"absorptivity": "1", "beam_offset_um": "um"}
-_UNITS |= {"rho_kg_m3": "kg/m^3", "cp_J_kgK": "J/kg/K", "k_W_mK": "W/m/K", "tmelt_K": "K"}
-_UNITS |= dict.fromkeys(NOISE, "um") | {"porosity_pct": "%"}
 
 
 class MeltPool(NamedTuple):
@@ -136,7 +150,7 @@ def forward(
         >>> rho, cp, k, tmelt, absorptivity = ALLOYS["316L"]
         >>> pool = forward(200.0, 800.0, 80.0, 40.0, rho, cp, k, tmelt, absorptivity)
         >>> [round(size.item()) for size in pool[:3]]
-        [0, 0, 0]
+        [102, 128, 516]
     """
     given = {"power_W": power_W, "speed_mm_s": speed_mm_s, "beam_um": beam_um, "layer_um": layer_um}
     given |= {"rho_kg_m3": rho_kg_m3, "cp_J_kgK": cp_J_kgK, "k_W_mK": k_W_mK, "tmelt_K": tmelt_K}
@@ -295,20 +309,13 @@ def simulate(
         zip(SOURCES, torch.randint(2**62, (len(SOURCES),), generator=generator).tolist(), strict=True)
     )
     parts = [_draw_rows(task, rows_per_task, source, seeds[source], missing) for source in sources]
-    columns = {name: torch.cat([cells[name] for cells in parts], -1) for name in _UNITS}
+    columns = {name: torch.cat([cells[name] for cells in parts], -1) for name in VARIABLES.names}
     columns |= {name: columns[name].masked_fill(tasks, math.nan) for name, tasks in left_out.items()}
-    return from_columns(
-        {name: column.flatten().numpy() for name, column in columns.items()},
-        roles={
-            name: "condition" if name in _PROPERTIES else "observation" if name in NOISE else "parameter"
-            for name in _UNITS
-        },
-        units=_UNITS,
-        supports={name: "interval" if name in _HIDDEN else "positive" for name in _UNITS},
-        bounds=_HIDDEN,
-        task=[name for name in names for _ in range(len(sources) * rows_per_task)],
-        source=[source for source in sources for _ in range(rows_per_task)] * num_tasks,
-    )
+    rows = from_tensor(torch.stack(list(columns.values()), -1).flatten(0, 1), VARIABLES)
+    task_of_row = [name for name in names for _ in range(len(sources) * rows_per_task)]
+    source_of_row = [source for source in sources for _ in range(rows_per_task)] * num_tasks
+    labelled = rows.assign_coords(task=("row", task_of_row), source=("row", source_of_row))
+    return validate(labelled, training=False)
 
 
 def _uniform(lower: float, upper: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,0 +1,218 @@
+"""Raw tables: files to columns of cells, and cells to numbers, or the reason why not.
+
+A column is an array (N,) of whatever was found; what comes out is float64 with NaN for "not measured".
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_invman.variables import DataError, Variable
+
+MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan")
+"""Text that stands for "not measured" in a table, unless told otherwise."""
+
+
+# ------------------------------------------------------------------------------------------------ files
+def csv_columns(
+    path: Path, as_text: Collection[str], missing: Sequence[str], sep: str, decimal: str, encoding: str
+) -> dict[str, Any]:
+    """The columns of a .csv; those named in `as_text` as they are written, the others as numbers where they can be."""
+    form: dict[str, Any] = {"sep": sep, "encoding": encoding, "skipinitialspace": True}
+    try:
+        # pandas renames a second "a" to "a.1" without a word, so the header is read as a row of its own
+        first = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **form).iloc[0]
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path}: found an empty table, expected a line of names and lines of cells") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not {encoding} text ({error}); pass its encoding=, often 'latin1'") from error
+    names = _header(path, first)
+    other = next((mark for mark in ";\t|," if mark != sep and mark in names[0]), None)
+    if len(names) == 1 and other:
+        raise DataError(f"{path}: found one column, {names[0]!r}; if {other!r} separates columns, pass sep={other!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # a line that is longer than the header
+        frame = pd.read_csv(
+            path, header=0, names=names, index_col=False, dtype={name: "str" for name in as_text if name in names},
+            decimal=decimal, na_values=list(missing), keep_default_na=False, low_memory=False,
+            float_precision="round_trip", **form,
+        )  # fmt: skip
+    return {name: frame[name] for name in names}
+
+
+def xlsx_columns(path: Path, missing: Sequence[str], sheet: str | int) -> dict[str, Any]:
+    """The columns of one sheet of an .xlsx, whose first row is the header."""
+    frame = pd.read_excel(
+        path, sheet_name=sheet, header=None, dtype=object, na_values=list(missing), keep_default_na=False
+    )
+    if not len(frame):
+        raise DataError(f"{path}: found an empty sheet {sheet!r}, expected a row of names and rows of cells")
+    names = _header(path, frame.iloc[0])
+    return {name: frame.iloc[1:, position].to_numpy() for position, name in enumerate(names)}
+
+
+def parquet_columns(path: Path, as_text: Collection[str]) -> dict[str, Any]:
+    """The columns of a .parquet; those named in `as_text` hold names, though they be numbers."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    names = _header(path, table.column_names)
+    columns = {name: table.column(position).to_pandas() for position, name in enumerate(names)}
+    return {name: cells.astype(object) if name in as_text else cells for name, cells in columns.items()}
+
+
+def _header(path: Path, cells: Iterable[Any]) -> list[str]:
+    found = ["" if pd.isna(cell) else str(cell).strip() for cell in cells]
+    names = [name or f"Unnamed: {position}" for position, name in enumerate(found)]
+    refuse_duplicates(str(path), names)
+    return names
+
+
+def refuse_duplicates(where: str, names: Iterable[Any]) -> None:
+    """Two columns of one name are an error of the table `where`."""
+    seen: dict[Any, int] = {}
+    for position, name in enumerate(names):
+        if name in seen:
+            found = f"found {name!r} twice (columns {seen[name]} and {position})"
+            raise DataError(f"{where}: {found}, expected different names; rename one")
+        seen[name] = position
+
+
+def suggest(name: Any, known: Iterable[Any]) -> str:
+    """What may have been meant by a name that is not known."""
+    names = [str(each) for each in known]
+    close = difflib.get_close_matches(str(name), names, n=3)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {names}"
+
+
+# ------------------------------------------------------------------------------------------------ cells
+def numbers(name: str, values: np.ndarray) -> np.ndarray:
+    """Cells (N,) of a numeric variable as float64; only NaN, None and their like are missing."""
+    if values.dtype.kind in "fiu":
+        cells = values.astype(np.float64)
+    elif values.dtype.kind in "OUST":
+        values = values.astype(object)
+        missing = pd.isna(values)
+        kind = pd.api.types.infer_dtype(values[~missing])
+        if kind not in ("floating", "integer", "mixed-integer-float", "decimal", "empty"):
+            raise _not_a_number(name, values, missing)
+        cells = np.where(missing, np.nan, values).astype(np.float64)
+    else:
+        found = f"found {values[0]!s} ({values.dtype})" if len(values) else f"found cells of type {values.dtype}"
+        raise DataError(f"{name}, row 0: {found}, expected a number; convert it, or declare support 'categorical'")
+    infinite = np.isinf(cells)
+    if infinite.any():
+        row = int(infinite.argmax())
+        raise DataError(f"{name}, row {row}: found {cells[row]}, expected a finite number, or NaN if not measured")
+    return cells
+
+
+def _not_a_number(name: str, values: np.ndarray, missing: np.ndarray) -> DataError:
+    """About the first cell that no number can be made of or, failing that, the first that is not a number."""
+    parsed = pd.to_numeric(pd.Series(values).astype(str), errors="coerce").to_numpy(dtype=float)
+    wrong = np.isnan(parsed) & ~missing
+    if not wrong.any():
+        wrong = np.array([isinstance(cell, str | bytes | bool | np.bool_) for cell in values])
+    row = int(wrong.argmax())
+    found = values[row]
+    what, todo = "text" if isinstance(found, str) else type(found).__name__, ""
+    if isinstance(found, str) and not found.strip():
+        todo = "a cell that was not measured is NaN"
+    elif isinstance(found, str) and re.fullmatch(r"\s*[-+]?[\d.\s]*\d,\d+([eE][-+]?\d+)?\s*", found):
+        todo = 'if the comma is a decimal comma, pass decimal="," to read'
+    else:
+        todo = "mend the cell, leave it blank if it was not measured, or declare support 'categorical'"
+    return DataError(f"{name}, row {row}: found {what} {found!r}, expected a number; {todo}")
+
+
+def names(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Cells (N,) as positions in a list of distinct names, −1 where blank, and that list.
+
+    A whole number is named as an integer, all else as it is written.
+    """
+    codes, uniques = pd.factorize(values.astype(object) if values.dtype.kind in "UST" else values)
+    whole = [isinstance(each, float | np.floating) and float(each).is_integer() for each in uniques]
+    found = [str(int(each)) if is_whole else str(each) for each, is_whole in zip(uniques, whole, strict=True)]
+    distinct = list(dict.fromkeys(name for name in found if name.strip()))
+    place = {name: position for position, name in enumerate(distinct)}
+    lookup = np.array([*(place.get(name, -1) for name in found), -1])
+    return lookup[codes], distinct
+
+
+def codes(name: str, values: np.ndarray, levels: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Names of levels (N,) as codes with NaN, and the levels: by default those that occur, sorted."""
+    numbers, found = names(values)
+    alike: dict[str, str] = {}
+    for each in found:
+        twin = alike.setdefault(each.strip(), each)
+        if twin != each:
+            row = int((numbers == found.index(each)).argmax())
+            difference = f"found {each!r}, which differs from {twin!r} by blanks only"
+            raise DataError(f"{name}, row {row}: {difference}, expected one spelling; mend the cell")
+    if levels is None:
+        levels = sorted(found, key=float) if values.dtype.kind in "fiu" else sorted(found)
+    place = {level: code for code, level in enumerate(levels)}
+    for number, each in enumerate(found):
+        if each not in place:
+            row = int((numbers == number).argmax())
+            raise DataError(f"{name}, row {row}: found category {each!r}, not seen before; {suggest(each, levels)}")
+    lookup = np.array([*(place[each] for each in found), np.nan])
+    return lookup[numbers], list(levels)
+
+
+def check_codes(name: str, values: np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    """Cells (N,) that are codes of `levels` already, as float64."""
+    cells = values.astype(np.float64)
+    wrong = ~np.isnan(cells) & ~np.isin(cells, np.arange(len(levels)))
+    if wrong.any():
+        row = int(wrong.argmax())
+        expected = f"expected a whole number from 0 to {len(levels) - 1}, the code of one of {list(levels)}"
+        raise DataError(f"{name}, row {row}: found {cells[row]:g}, {expected}")
+    return cells
+
+
+def labels(name: str, values: np.ndarray) -> np.ndarray:
+    """Cells (N,) of a task or source as text, none of them blank."""
+    numbers, found = names(values)
+    blank = numbers < 0
+    if blank.any():
+        row = int(blank.argmax())
+        raise DataError(f"{name}, row {row}: found a blank cell, expected the name of the {name}; fill it in")
+    return np.array([*found, ""], dtype=object)[numbers]
+
+
+def check_support(variable: Variable, cells: np.ndarray) -> None:
+    """Cells (N,) lie in the support of their variable, or are NaN."""
+    if variable.support == "positive":
+        wrong, expected = cells <= 0, "a number above 0"
+    elif variable.lower is not None and variable.upper is not None:
+        wrong = (cells < variable.lower) | (cells > variable.upper)
+        expected = f"a number from {variable.lower:g} to {variable.upper:g}"
+    else:
+        return
+    if wrong.any():
+        row = int(wrong.argmax())
+        more = f" (and in {wrong.sum() - 1} rows more)" if wrong.sum() > 1 else ""
+        found = f"found {cells[row]:g}, expected {expected} for support {variable.support!r}"
+        todo = "mend the cell, leave it blank if it was not measured, or declare another support"
+        raise DataError(f"{variable.name}, row {row}: {found}{more}; {todo}")
+
+
+def check_varies(variable: Variable, cells: np.ndarray) -> None:
+    """Cells (N,) can be learned from: some are observed, and they differ."""
+    seen = cells[~np.isnan(cells)]
+    if not len(seen):
+        found = f"found no observed cell in {len(cells)} rows"
+        raise DataError(f"{variable.name}: {found}, expected some to learn from; leave the variable out")
+    if seen.min() == seen.max():
+        same = repr(variable.levels[int(seen[0])]) if variable.discrete else f"{seen[0]:g}"
+        found = f"found the constant {same} in all {len(seen)} observed cells"
+        raise DataError(f"{variable.name}: {found}, expected values that vary; leave the variable out")
