@@ -95,26 +95,28 @@ class Problem:
 
 
 def dataset(problem: Problem, theta: Tensor, x: Tensor) -> xr.Dataset:
-    """The rows ``theta: (N, D_theta)``, ``x: (N, D_x)`` with their roles and supports, as this package
-    takes them in."""
+    """The rows ``theta: (N, D_theta)``, ``x: (N, D_x)`` with roles and supports, as this package takes them in.
+
+    Raises:
+        DataError: an observation is constant, as SIR's first nearly is: it takes some thousand rows to vary.
+    """
     from pyro_invman.data import from_columns
 
-    sides = (
-        (problem.parameters, "parameter", problem.parameter_support, theta),
-        (problem.observations, "observation", problem.observation_support, x),
+    names = problem.parameters + problem.observations
+    of_side = {"parameter": problem.parameter_support, "observation": problem.observation_support}
+    roles = {name: "parameter" if name in problem.parameters else "observation" for name in names}
+    supports = {name: of_side[role] for name, role in roles.items()}
+    return from_columns(
+        dict(zip(names, torch.cat([theta, x], -1).double().unbind(-1), strict=True)),
+        roles=roles,
+        supports={name: support.kind for name, support in supports.items()},
+        bounds={
+            name: (support.lower, support.upper)
+            for name, support in supports.items()
+            if support.lower is not None and support.upper is not None
+        },
+        resolutions={name: support.resolution for name, support in supports.items() if support.resolution},
     )
-    columns, roles, supports, bounds = {}, {}, {}, {}
-    for names, role, support, values in sides:
-        for name, column in zip(names, values.double().numpy().T, strict=True):
-            columns[name], roles[name], supports[name] = column, role, support.kind
-            if support.kind == "interval":
-                bounds[name] = (support.lower, support.upper)
-    ds = from_columns(columns, roles=roles, supports=supports, bounds=bounds)
-    for names, _, support, _ in sides:
-        for name in names:
-            if support.resolution:
-                ds[name].attrs["resolution"] = support.resolution
-    return ds
 
 
 def _read_table(path: Path) -> Tensor:

@@ -61,7 +61,7 @@ def read(
         resolutions: column to the step its values were rounded to (1 for counts).
         informative: column to whether, though set by someone, it is evidence about the task.
         training: also refuse what cannot be learned from; see `validate`.
-        sep, decimal, encoding: of a ``.csv``.
+        sep, decimal, encoding: of a ``.csv``; one character each for the first two.
         missing: texts that mean "not measured" in a ``.csv`` or ``.xlsx``.
         sheet: name or position of the sheet of an ``.xlsx``.
 
@@ -94,7 +94,8 @@ def read(
     attrs: dict[str, Any] = {}
     labels: dict[str, Any] = {"task": task, "source": source}
     text = {column for column in (task, source) if column is not None}
-    text |= {column for column, support in dict(supports or {}).items() if support == "categorical"}
+    if isinstance(supports, Mapping):
+        text |= {column for column, support in supports.items() if support == "categorical"}
     try:
         if kind in (".nc", ".zarr"):
             columns, stored, attrs = _stored_columns(path, kind)
@@ -104,10 +105,13 @@ def read(
             columns = tables.xlsx_columns(path, missing, sheet)
         else:
             columns = tables.csv_columns(path, text, missing, sep, decimal, encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not {encoding} text ({error}); pass its encoding=, often 'latin1'") from error
     except (DataError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a reader raises anything at all on a damaged file
         raise DataError(f"{path}: cannot be read as {kind}: {error}") from error
+    index = {"row": columns.pop("row")} if "row" in stored else {}
     if roles is None and not any("role" in fields for fields in stored.values()):
         raise DataError(f"roles: {path.name} says nothing about roles; name some of {list(columns)}")
     for label in _LABELS:
@@ -118,7 +122,7 @@ def read(
     fields = _declared(columns, stored, roles, units, supports, None, levels, resolutions, informative)
     used = {*fields, *(label for label in labels.values() if label is not None)}
     attrs["left_out"] = _texts(attrs.get("left_out", [])) + [name for name in columns if name not in used]
-    coords = {label: columns[column] for label, column in labels.items() if column is not None}
+    coords = index | {label: columns[column] for label, column in labels.items() if column is not None}
     return validate(_dataset({name: columns[name] for name in fields}, fields, coords, attrs), training)
 
 
@@ -257,10 +261,12 @@ def from_tensor(values: Tensor, variables: Variables, dims: Sequence[str] = ("ro
 # ------------------------------------------------------------------------------------------------ files
 def _stored_columns(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
     # times are left as numbers: units of "s" or "days" are no reason to turn a column into dates
-    plain: dict[str, Any] = {"decode_times": False, "decode_timedelta": False}
-    with xr.open_dataset(path, engine="zarr" if kind == ".zarr" else "netcdf4", **plain) as opened:
+    how: dict[str, Any] = {"engine": "netcdf4", "decode_times": False, "decode_timedelta": False}
+    if kind == ".zarr":
+        how |= {"engine": "zarr", "consolidated": False}
+    with xr.open_dataset(path, **how) as opened:
         ds = opened.load()
-    columns = {str(name): array for name, array in ds.variables.items() if name != "row"}
+    columns = {str(name): array for name, array in ds.variables.items()}
     fields = {name: dict(array.attrs) | {"coordinate": name in ds.coords} for name, array in columns.items()}
     return columns, fields, dict(ds.attrs)
 
@@ -330,7 +336,7 @@ def _variable(name: str, attrs: Mapping[str, Any], levels: Sequence[str]) -> Var
         raise DataError(f"{name}: found no role, {expected}; set it or drop the variable")
     fields = {field: attrs[field] for field in _FIELDS if attrs.get(field) is not None and field != "levels"}
     if attrs.get("support") == "categorical" and not levels:
-        found = "found no level: no cell is observed and none are declared"
+        found = "found no observed cell and no declared levels, expected some"
         raise DataError(f"{name}: {found}; declare its levels or leave the variable out")
     return Variable(name, levels=tuple(levels), **fields)
 
@@ -386,21 +392,10 @@ def _check_shape(ds: xr.Dataset) -> None:
 
 
 def _array(name: str, cells: Any) -> np.ndarray:
-    """Cells (N,) as they are; masked ones become NaN or None."""
-    if isinstance(cells, Tensor):
-        array = cells.detach().cpu().numpy()
-    elif isinstance(cells, np.ma.MaskedArray):
-        array = cells.astype(float).filled(np.nan) if cells.dtype.kind in "fiu" else cells.astype(object).filled(None)
-    else:
-        try:
-            array = np.asarray(cells)
-            # numpy turns a NaN among text into the text "nan"
-            array = np.asarray(cells, dtype=object) if array.dtype.kind in "UST" else array
-        except ValueError:
-            raise DataError(f"{name}: found cells of different lengths, expected one cell for each row") from None
-    if array.ndim != 1:
-        raise DataError(f"{name}: found shape {array.shape}, expected (N,), one cell for each row")
-    return array
+    """Cells (N,) of any make as an array."""
+    if isinstance(cells, xr.Variable) and cells.dims != ("row",):
+        raise DataError(f"{name}: found dimensions {cells.dims}, expected ('row',), one cell for each row")
+    return tables.column(name, cells.detach().cpu().numpy() if isinstance(cells, Tensor) else cells)
 
 
 def _cells(name: str, array: xr.DataArray) -> tuple[np.ndarray, list[str]]:

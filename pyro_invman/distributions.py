@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -39,7 +39,7 @@ class ConditionalFlow(TorchDistribution):
         `log_prob` marginalises that target.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
@@ -96,9 +96,18 @@ class ConditionalFlow(TorchDistribution):
         given, known = self._working()
         working = self.density.draw(given, known, self._chain, shape, uniform)
         natural = self.standardization.inverse(working.to(self.given.dtype), index=self._chain)
-        return natural[..., self._from_chain]
+        low, high = self._ends(natural)
+        return natural.clamp(low, high)[..., self._from_chain]
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends of the supports along the chain; going back to natural units may round a draw across one."""
+        tiny = torch.finfo(like.dtype).tiny
+        ends = [self.variables[c] for c in self._chain]
+        low = [tiny if v.support == "positive" else -math.inf if v.lower is None else v.lower for v in ends]
+        high = [math.inf if v.upper is None else v.upper for v in ends]
+        return like.new_tensor(low), like.new_tensor(high)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Differentiable draws (*sample_shape, *batch_shape, n): each factor's quantile at a uniform draw."""
         if not self.has_rsample:
             raise NotImplementedError("rsample: a categorical target has no differentiable draw; use sample")
@@ -108,7 +117,7 @@ class ConditionalFlow(TorchDistribution):
         tiny = torch.finfo(weights.dtype).eps
         return self._draw(shape, uniform.clamp(tiny, 1 - tiny))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws (*sample_shape, *batch_shape, n), without gradient."""
         with torch.no_grad():
             return self._draw(torch.Size(sample_shape) + self.batch_shape, None)
@@ -116,7 +125,17 @@ class ConditionalFlow(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: ConditionalFlow | None = None) -> ConditionalFlow:
         """The same law over a larger batch; the given cells are not copied."""
         new = self._get_checked_instance(type(self), _instance)
-        for name in ("density", "standardization", "variables", "targets", "columns", "given", "_chain", "_to_chain", "_from_chain"):
+        for name in (
+            "density",
+            "standardization",
+            "variables",
+            "targets",
+            "columns",
+            "given",
+            "_chain",
+            "_to_chain",
+            "_from_chain",
+        ):
             setattr(new, name, getattr(self, name))
         batch_shape = torch.Size(batch_shape)
         torch.broadcast_shapes(self.given.shape[:-1], batch_shape)
@@ -148,9 +167,18 @@ class ConditionalFlow(TorchDistribution):
             if not self.has_rsample:
                 return self.sample(torch.Size((_QUASI_DRAWS,)))
             weights = self.density.out.weight
-            points = torch.quasirandom.SobolEngine(len(self.columns), scramble=True, seed=0).draw(_QUASI_DRAWS).to(weights)
-            points = points.clamp(1e-6, 1 - 1e-6).reshape(_QUASI_DRAWS, *[1] * len(self.batch_shape), len(self.columns))
-            return self._draw(torch.Size((_QUASI_DRAWS, *self.batch_shape)), points.expand(_QUASI_DRAWS, *self.batch_shape, -1))
+            points = (
+                torch.quasirandom.SobolEngine(len(self.columns), scramble=True, seed=0)
+                .draw(_QUASI_DRAWS)
+                .to(weights)
+            )
+            points = points.clamp(1e-6, 1 - 1e-6).reshape(
+                _QUASI_DRAWS, *[1] * len(self.batch_shape), len(self.columns)
+            )
+            return self._draw(
+                torch.Size((_QUASI_DRAWS, *self.batch_shape)),
+                points.expand(_QUASI_DRAWS, *self.batch_shape, -1),
+            )
 
     @property
     def mean(self) -> Tensor:
@@ -174,7 +202,9 @@ def _any(mask: Tensor) -> bool:
     return bool(mask.any())
 
 
-def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> Tensor:
+def stack_given(
+    variables: Variables, given: dict[str, Any] | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The row (*batch_shape, D) in natural units that holds the given cells, NaN elsewhere.
 
     Raises:
@@ -189,7 +219,9 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
         bad = ~(variable.constraint.check(cell) | cell.isnan()) | cell.isinf()
         if bool(bad.any()):
             where = tuple(bad.nonzero()[0].tolist())
-            raise DataError(f"given {name} at {where}: found {cell[where].item():g}, outside its support {variable.support}")
+            raise DataError(
+                f"given {name} at {where}: found {cell[where].item():g}, outside its support {variable.support}"
+            )
         cells[column] = cell
     try:
         shape = torch.broadcast_shapes(*(cell.shape for cell in cells.values()))
@@ -199,7 +231,9 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
     for cell in cells.values():
         dtype = torch.promote_types(dtype, cell.dtype)
     absent = torch.full(shape, math.nan, dtype=dtype)
-    return torch.stack([cells[c].to(dtype).expand(shape) if c in cells else absent for c in range(len(variables))], -1)
+    return torch.stack(
+        [cells[c].to(dtype).expand(shape) if c in cells else absent for c in range(len(variables))], -1
+    )
 
 
 def _code(variable: Any, value: Any) -> Any:

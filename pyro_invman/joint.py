@@ -77,7 +77,9 @@ class JointFlow(PyroModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.density = AnyOrderFlow(self._layout(), **architecture)
-        self.register_buffer("_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False)
+        self.register_buffer(
+            "_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False
+        )
 
     def _layout(self) -> Layout:
         levels = tuple(len(v.levels) for v in self.variables)
@@ -150,7 +152,9 @@ class JointFlow(PyroModule):
         order = torch.randperm(len(values), generator=generator)
         held_out = max(1, round(validation * len(values)))
         if len(values) - held_out < 2:
-            raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
+            raise DataError(
+                f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out"
+            )
         observed = ~values.isnan()
         self.links.copy_(observed.long().T @ observed.long())
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
@@ -178,13 +182,28 @@ class JointFlow(PyroModule):
             generator = torch.Generator().manual_seed(seed + 1)
             return _loss(module, checked, checked, queries, self._roles, generator).item()
 
-        settings = {"queries": queries, "schedule": schedule, "validation": validation, "seed": seed,
-                    "architecture": self.architecture, "schema": self._schema()["variables"]}
+        settings = {
+            "queries": queries,
+            "schedule": schedule,
+            "validation": validation,
+            "seed": seed,
+            "architecture": self.architecture,
+            "schema": self._schema()["variables"],
+        }
         digest = hashlib.sha256(json.dumps(settings, default=str).encode())
         digest.update(values.numpy().tobytes())
         history = train(
-            self.density, loss, validate_module, len(working), schedule, seed=seed + 2, max_seconds=max_seconds,
-            progress=progress, checkpoint=checkpoint, resume=resume, fingerprint=digest.hexdigest(),
+            self.density,
+            loss,
+            validate_module,
+            len(working),
+            schedule,
+            seed=seed + 2,
+            max_seconds=max_seconds,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            fingerprint=digest.hexdigest(),
         )
         return self._history(history, len(working), held_out)
 
@@ -231,8 +250,12 @@ class JointFlow(PyroModule):
             if given and name in given:
                 raise DataError(f"{name} is both a target and given; take it out of one")
         weights = self.density.out.weight
-        row = stack_given(self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype))
-        return ConditionalFlow(self.density, self.standardization, self.variables, targets, row.to(weights.device))
+        row = stack_given(
+            self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype)
+        )
+        return ConditionalFlow(
+            self.density, self.standardization, self.variables, targets, row.to(weights.device)
+        )
 
     def log_prob(self, ds: xr.Dataset) -> Tensor:
         """Log-density (N,) of the observed cells of each row, jointly, in natural units."""
@@ -295,11 +318,17 @@ def load(folder: str | os.PathLike[str]) -> JointFlow:
         stated = schema.pop("sha256")
         version = int(schema["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})") from error
+        raise DataError(
+            f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})"
+        ) from error
     if version > _FORMAT:
-        raise DataError(f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman")
+        raise DataError(
+            f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman"
+        )
     if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
-        raise DataError(f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content")
+        raise DataError(
+            f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content"
+        )
     weights = folder / "weights.safetensors"
     if not weights.is_file():
         raise DataError(f"{folder}: damaged, weights.safetensors is missing")
@@ -317,7 +346,12 @@ def load(folder: str | os.PathLike[str]) -> JointFlow:
 
 
 def _loss(
-    module: nn.Module, batch: Tensor, answers: Tensor, mix: QueryMix, roles: Tensor, generator: torch.Generator
+    module: nn.Module,
+    batch: Tensor,
+    answers: Tensor,
+    mix: QueryMix,
+    roles: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
     """Mean −log p over the cells of `batch` (B, D) that are asked for, with what is right in `answers` (B, D)."""
     known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
@@ -330,7 +364,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _checked_groups(variables: Variables, groups: Sequence[Sequence[Sequence[str]]]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+def _checked_groups(
+    variables: Variables, groups: Sequence[Sequence[Sequence[str]]]
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
     seen: set[str] = set()
     checked = []
     for group in groups:
@@ -339,15 +375,23 @@ def _checked_groups(variables: Variables, groups: Sequence[Sequence[Sequence[str
             raise DataError(f"exchangeable: group {members} has {len(members)} member; expected at least 2")
         for member in members:
             if len(member) != len(members[0]):
-                raise DataError(f"exchangeable: member {member} has {len(member)} variables, {members[0]} has {len(members[0])}")
+                raise DataError(
+                    f"exchangeable: member {member} has {len(member)} variables, {members[0]} has {len(members[0])}"
+                )
             for name, twin in zip(member, members[0], strict=True):
                 variable, first = variables[variables.index(name)], variables[variables.index(twin)]
                 if name in seen:
                     raise DataError(f"exchangeable: {name} is named twice")
-                if variable.discrete or (variable.role, variable.support, variable.units, variable.lower, variable.upper) != (
-                    first.role, first.support, first.units, first.lower, first.upper
-                ):
-                    raise DataError(f"exchangeable: {name} and {twin} differ in role, support or units, or are categorical")
+                if variable.discrete or (
+                    variable.role,
+                    variable.support,
+                    variable.units,
+                    variable.lower,
+                    variable.upper,
+                ) != (first.role, first.support, first.units, first.lower, first.upper):
+                    raise DataError(
+                        f"exchangeable: {name} and {twin} differ in role, support or units, or are categorical"
+                    )
                 seen.add(name)
         checked.append(members)
     return tuple(checked)

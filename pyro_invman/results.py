@@ -24,7 +24,10 @@ def history_dataset(records: Sequence[Record], attrs: Mapping[str, Any]) -> xr.D
     named = dict(zip(Record._fields, columns, strict=True))
     step = named.pop("step").astype(int)
     return xr.Dataset(
-        {name: ("step", values, dict(zip(("long_name", "units"), _MEANING[name], strict=True))) for name, values in named.items()},
+        {
+            name: ("step", values, dict(zip(("long_name", "units"), _MEANING[name], strict=True)))
+            for name, values in named.items()
+        },
         coords={"step": step},
         attrs=dict(attrs),
     )

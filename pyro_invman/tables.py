@@ -5,9 +5,10 @@ A column is an array (N,) of whatever was found; what comes out is float64 with 
 
 from __future__ import annotations
 
+import codecs
+import csv
 import difflib
 import re
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,25 +27,28 @@ def csv_columns(
     path: Path, as_text: Collection[str], missing: Sequence[str], sep: str, decimal: str, encoding: str
 ) -> dict[str, Any]:
     """The columns of a .csv; those named in `as_text` as they are written, the others as numbers where they can be."""
-    form: dict[str, Any] = {"sep": sep, "encoding": encoding, "skipinitialspace": True}
-    try:
-        # pandas renames a second "a" to "a.1" without a word, so the header is read as a row of its own
-        first = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **form).iloc[0]
-    except pd.errors.EmptyDataError as error:
-        raise DataError(f"{path}: found an empty table, expected a line of names and lines of cells") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not {encoding} text ({error}); pass its encoding=, often 'latin1'") from error
-    names = _header(path, first)
+    plain = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    with open(path, newline="", encoding=plain) as file:
+        lines = csv.reader(file, delimiter=sep, skipinitialspace=True)
+        header = next((line for line in lines if line), None)
+        widths = np.fromiter(map(len, lines), int)
+    if header is None:
+        raise DataError(f"{path}: found an empty table, expected a line of names and lines of cells")
+    names = _header(path, header)
     other = next((mark for mark in ";\t|," if mark != sep and mark in names[0]), None)
     if len(names) == 1 and other:
         raise DataError(f"{path}: found one column, {names[0]!r}; if {other!r} separates columns, pass sep={other!r}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # a line that is longer than the header
-        frame = pd.read_csv(
-            path, header=0, names=names, index_col=False, dtype={name: "str" for name in as_text if name in names},
-            decimal=decimal, na_values=list(missing), keep_default_na=False, low_memory=False,
-            float_precision="round_trip", **form,
-        )  # fmt: skip
+    # pandas fills a short line up, which looks like cells that were not measured
+    widths = widths[widths > 0]
+    uneven = widths != len(names)
+    if uneven.any():
+        row = int(uneven.argmax())
+        raise DataError(f"{path}, row {row}: found {widths[row]} cells, expected {len(names)}; mend the line")
+    frame = pd.read_csv(
+        path, sep=sep, encoding=encoding, decimal=decimal, skipinitialspace=True, header=0, names=names,
+        index_col=False, dtype={name: "str" for name in as_text if name in names}, na_values=list(missing),
+        keep_default_na=False, low_memory=False,
+    )  # fmt: skip
     return {name: frame[name] for name in names}
 
 
@@ -94,6 +98,23 @@ def suggest(name: Any, known: Iterable[Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ cells
+def column(name: str, cells: Any) -> np.ndarray:
+    """Cells (N,) of any make as an array; masked ones become None."""
+    if isinstance(cells, np.ma.MaskedArray):
+        array = cells.data.astype(object)
+        array[np.ma.getmaskarray(cells)] = None
+    else:
+        try:
+            array = np.asarray(cells)
+            # numpy turns a NaN among text into the text "nan"
+            array = np.asarray(cells, dtype=object) if array.dtype.kind in "UST" else array
+        except ValueError:
+            raise DataError(f"{name}: found cells of different lengths, expected one cell for each row") from None
+    if array.ndim != 1:
+        raise DataError(f"{name}: found shape {array.shape}, expected (N,), one cell for each row")
+    return array
+
+
 def numbers(name: str, values: np.ndarray) -> np.ndarray:
     """Cells (N,) of a numeric variable as float64; only NaN, None and their like are missing."""
     if values.dtype.kind in "fiu":
@@ -129,7 +150,7 @@ def _not_a_number(name: str, values: np.ndarray, missing: np.ndarray) -> DataErr
     elif isinstance(found, str) and re.fullmatch(r"\s*[-+]?[\d.\s]*\d,\d+([eE][-+]?\d+)?\s*", found):
         todo = 'if the comma is a decimal comma, pass decimal="," to read'
     else:
-        todo = "mend the cell, leave it blank if it was not measured, or declare support 'categorical'"
+        todo = "mend the cell, name it in missing= if it means 'not measured', or declare support 'categorical'"
     return DataError(f"{name}, row {row}: found {what} {found!r}, expected a number; {todo}")
 
 

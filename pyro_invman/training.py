@@ -45,7 +45,11 @@ class Schedule(NamedTuple):
 
     def steps_for(self, num_rows: int) -> int:
         r"""`steps`, or by default :math:`120 \sqrt N`, at least 1,500 and at most 12,000."""
-        return self.steps if self.steps is not None else round(min(max(120 * math.sqrt(num_rows), 1_500), 12_000))
+        return (
+            self.steps
+            if self.steps is not None
+            else round(min(max(120 * math.sqrt(num_rows), 1_500), 12_000))
+        )
 
 
 class Record(NamedTuple):
@@ -65,14 +69,18 @@ class _State:
         self.module = module
         self.average = copy.deepcopy(module)
         self.best = {name: value.clone() for name, value in module.state_dict().items()}
-        self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.averaged = [p for p, q in zip(self.average.parameters(), module.parameters(), strict=True) if q.requires_grad]
+        self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        self.averaged: list[Tensor] = [
+            p for p, q in zip(self.average.parameters(), module.parameters(), strict=True) if q.requires_grad
+        ]
         square = [p for p in self.trained if p.ndim == 2 and p.shape[0] == p.shape[1]]
         rest = [p for p in self.trained if not (p.ndim == 2 and p.shape[0] == p.shape[1])]
         rate, decay = schedule.learning_rate, schedule.weight_decay
         self.optimizers: list[torch.optim.Optimizer] = []
         if rest:
-            self.optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True))
+            self.optimizers.append(
+                torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+            )
         if square:
             self.optimizers.append(
                 torch.optim.Muon(square, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
@@ -85,13 +93,26 @@ class _State:
     def save(self, path: Path, fingerprint: str) -> None:
         """Writes the whole state to one file; a reader sees the old file or the new one, never a part."""
         tensors = {"generator": self.generator.get_state()}
-        for prefix, state in (("module", self.module.state_dict()), ("average", self.average.state_dict()), ("best", self.best)):
+        for prefix, state in (
+            ("module", self.module.state_dict()),
+            ("average", self.average.state_dict()),
+            ("best", self.best),
+        ):
             tensors |= {f"{prefix}/{name}": value for name, value in state.items()}
         for which, optimizer in enumerate(self.optimizers):
             for i, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{which}/{i}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-        scalars = dict(step=self.step, stale=self.stale, seconds=self.seconds, best_loss=self.best_loss,
-                       running=self.running, history=[list(r) for r in self.history], fingerprint=fingerprint)
+                tensors |= {
+                    f"optimizer/{which}/{i}/{name}": torch.as_tensor(value) for name, value in moments.items()
+                }
+        scalars = {
+            "step": self.step,
+            "stale": self.stale,
+            "seconds": self.seconds,
+            "best_loss": self.best_loss,
+            "running": self.running,
+            "history": [list(record) for record in self.history],
+            "fingerprint": fingerprint,
+        }
         tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
         write_atomically(path, lambda part: save_file(tensors, part, metadata={"state": json.dumps(scalars)}))
 
@@ -102,7 +123,9 @@ class _State:
                 scalars = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise DataError(f"checkpoint {path}: cannot be read ({error}); delete it to start anew") from error
+            raise DataError(
+                f"checkpoint {path}: cannot be read ({error}); delete it to start anew"
+            ) from error
         if scalars.pop("fingerprint") != fingerprint:
             raise DataError(
                 f"checkpoint {path} belongs to other data, settings or seed than this fit; resume with those it was "
@@ -121,8 +144,10 @@ class _State:
         self.module.load_state_dict(states["module"])
         self.average.load_state_dict(states["average"])
         self.best = states["best"]
-        for optimizer, state in zip(self.optimizers, moments, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for optimizer, moment_of in zip(self.optimizers, moments, strict=True):
+            optimizer.load_state_dict(
+                {"state": moment_of, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
         self.history = [Record(*line) for line in scalars.pop("history")]
         for name, value in scalars.items():
             setattr(self, name, value)
@@ -174,7 +199,14 @@ def train(
     if not state.history:
         _evaluate(state, validate, math.nan, 0.0, began)
     steps = schedule.steps_for(num_rows)
-    bar = tqdm(total=steps, initial=state.step, disable=None if progress else True, file=sys.stderr, unit="step", leave=False)
+    bar = tqdm(
+        total=steps,
+        initial=state.step,
+        disable=None if progress else True,
+        file=sys.stderr,
+        unit="step",
+        leave=False,
+    )
     batch = min(schedule.batch_size, num_rows)
     while state.step < steps and state.stale < schedule.patience:
         spent = state.step / steps
@@ -183,7 +215,11 @@ def train(
             if elapsed >= max_seconds:
                 break
             spent = max(spent, elapsed / max_seconds)
-        rate = schedule.learning_rate * min(1.0, (state.step + 1) / schedule.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+        rate = (
+            schedule.learning_rate
+            * min(1.0, (state.step + 1) / schedule.warmup)
+            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+        )
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -214,7 +250,9 @@ def train(
     return state.history
 
 
-def _evaluate(state: _State, validate: Callable[[nn.Module], float], train_loss: float, rate: float, began: float) -> None:
+def _evaluate(
+    state: _State, validate: Callable[[nn.Module], float], train_loss: float, rate: float, began: float
+) -> None:
     state.average.eval()
     with torch.no_grad():
         held_out = validate(state.average)

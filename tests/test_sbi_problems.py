@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.sbi_problems import PROBLEMS, REFERENCES, Problem, infected_fraction, log_populations
+from benchmarks.sbi_problems import (
+    PROBLEMS,
+    REFERENCES,
+    Problem,
+    dataset,
+    infected_fraction,
+    log_populations,
+)
+from pyro_invman.data import to_tensor, variables_of
 
 needs_references = pytest.mark.skipif(
     not REFERENCES.is_dir(), reason=f"the reference posteriors of the sbi benchmark are not at {REFERENCES}"
@@ -32,6 +40,25 @@ class TestEveryProblem:
                 assert ((values > support.lower) & (values < support.upper)).all()
             if support.resolution:
                 assert (values % support.resolution == 0).all()
+
+    def test_dataset_declares_the_problem(self, problem: Problem) -> None:
+        theta, x = problem.simulate(300, seed=3)
+        if problem.name == "sir":
+            x[0, 0] = 1.0  # else constant
+        ds = dataset(problem, theta, x)
+        variables = variables_of(ds)
+        assert variables.with_role("parameter") == problem.parameters
+        assert variables.with_role("observation") == problem.observations
+        for variable in variables:
+            is_parameter = variable.name in problem.parameters
+            support = problem.parameter_support if is_parameter else problem.observation_support
+            assert (variable.support, variable.lower, variable.upper) == (
+                support.kind,
+                support.lower,
+                support.upper,
+            )
+            assert variable.resolution == support.resolution
+        assert torch.equal(to_tensor(ds, variables), torch.cat([theta, x], -1).double())
 
     def test_the_same_seed_gives_the_same_rows_and_leaves_the_global_generator_alone(
         self, problem: Problem

@@ -25,6 +25,7 @@ from pyro_invman.density.backbones import Block, MaskedMLP, TokenTransformer
 from pyro_invman.density.context import PER_CELL, Context, Layout
 from pyro_invman.density.univariate import Mixture, Spline
 
+
 class Parameters(NamedTuple):
     """Raw parameters of continuous heads (..., T, P), the base's mean and scale (..., T), logits of categorical ones."""
 
@@ -102,7 +103,9 @@ class AnyOrderFlow(nn.Module):
             self.out.bias.zero_()
             if head == "mixture":  # close to a standard normal, of components that differ
                 spread = torch.special.ndtri((torch.arange(components) + 0.5) / components)
-                start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
+                start = torch.stack(
+                    [torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))]
+                )
                 self.out.bias.copy_(start.flatten())
 
     def fit_base(self, values: Tensor) -> None:
@@ -115,7 +118,9 @@ class AnyOrderFlow(nn.Module):
         hidden = self.backbone(seen)
         cells = self.context.first[targets]
         mean, scale = seen.mean.gather(1, cells), seen.scale.gather(1, cells)
-        asked = torch.cat([mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1)
+        asked = torch.cat(
+            [mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1
+        )
         hidden = hidden.unsqueeze(1) + self.slot_embedding(self.slot[targets]) + self.query(asked)
         for block in self.head:
             hidden = block(hidden)
@@ -150,7 +155,9 @@ class AnyOrderFlow(nn.Module):
         if logits is None:
             return self.cell(raw, mean, scale, targets).log_prob(answers)
         discrete = self.categorical[targets]
-        continuous = self.cell(raw, mean, scale, targets).log_prob(torch.where(discrete, mean.detach(), answers))
+        continuous = self.cell(raw, mean, scale, targets).log_prob(
+            torch.where(discrete, mean.detach(), answers)
+        )
         code = torch.where(discrete, answers, 0.0).long().clamp(0, self.max_levels - 1)
         log_mass = self._log_mass(logits, targets).expand(*continuous.shape, self.max_levels)
         picked = log_mass.gather(-1, code.expand(continuous.shape).unsqueeze(-1)).squeeze(-1)
@@ -166,7 +173,9 @@ class AnyOrderFlow(nn.Module):
         row, known = torch.broadcast_tensors(row, known)
         shape = row.shape[:-1]
         column = torch.full(shape, target, dtype=torch.long, device=row.device)
-        flat = self.parameters_of(row.reshape(-1, self.dim), known.reshape(-1, self.dim), column.reshape(-1, 1))
+        flat = self.parameters_of(
+            row.reshape(-1, self.dim), known.reshape(-1, self.dim), column.reshape(-1, 1)
+        )
         raw, mean, scale, logits = flat
         return Parameters(
             raw.reshape(*shape, raw.shape[-1]),
@@ -181,7 +190,12 @@ class AnyOrderFlow(nn.Module):
 
     # ------------------------------------------------------------------ whole queries
     def log_prob(
-        self, given: Tensor, known: Tensor, targets: Sequence[int], answers: Tensor, wanted: Tensor | None = None
+        self,
+        given: Tensor,
+        known: Tensor,
+        targets: Sequence[int],
+        answers: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         r"""Exact :math:`\log p(t \mid g)` in one pass.
 

@@ -76,7 +76,10 @@ class TokenTransformer(nn.Module):
     def forward(self, seen: Seen) -> Tensor:
         batch = seen.singles.shape[0]
         tokens = [self.gather.expand(batch, 1, -1), self.single(seen.singles) + self.which]
-        known = [torch.ones(batch, 1, dtype=torch.bool, device=seen.singles.device), seen.singles[..., -1] > 0]
+        known = [
+            torch.ones(batch, 1, dtype=torch.bool, device=seen.singles.device),
+            seen.singles[..., -1] > 0,
+        ]
         for network, members, present in zip(self.member, seen.members, seen.present, strict=True):
             tokens.append(network(members))
             known.append(present)

@@ -47,6 +47,7 @@ class Context(nn.Module):
     ends), its leave-one-out residual under the Gaussian base, and a flag. A categorical column is one indicator a level.
     """
 
+    categorical: Tensor
     owner: Tensor
     level: Tensor
     first: Tensor
@@ -82,7 +83,9 @@ class Context(nn.Module):
             self.register_buffer(f"group_{g}", torch.tensor(group), persistent=False)
         self.base = GaussianBase(len(owner))
         self.register_buffer("knots", torch.linspace(-4, 4, num_knots).repeat(dim, 1))
-        self.register_buffer("scores", torch.special.ndtri((torch.arange(num_knots) + 0.5) / num_knots), persistent=False)
+        self.register_buffer(
+            "scores", torch.special.ndtri((torch.arange(num_knots) + 0.5) / num_knots), persistent=False
+        )
         self.num_singles = len(fixed["single"])
         self.member_sizes = [len(group[0]) for group in layout.groups]
 
@@ -112,7 +115,11 @@ class Context(nn.Module):
 
     def normal_scores(self, values: Tensor) -> Tensor:
         """Piecewise linear map (..., D) of each column's quantiles to those of a standard normal, within ±4."""
-        right = torch.searchsorted(self.knots, values.detach().mT.contiguous()).clamp(1, self.knots.shape[1] - 1).mT
+        right = (
+            torch.searchsorted(self.knots, values.detach().mT.contiguous())
+            .clamp(1, self.knots.shape[1] - 1)
+            .mT
+        )
         column = torch.arange(values.shape[-1], device=values.device)
         below, above = self.knots[column, right - 1], self.knots[column, right]
         slope = (self.scores[right] - self.scores[right - 1]) / (above - below).clamp_min(1e-6)

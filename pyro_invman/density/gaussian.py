@@ -80,7 +80,7 @@ class GaussianBase(nn.Module):
                 v, o = filled[rows : rows + chunk], observed[rows : rows + chunk]
                 imputed, spread = v, torch.zeros_like(covariance)
                 if not complete:
-                    gain, precision = _gain(covariance, o)
+                    gain, _ = _gain(covariance, o)
                     imputed = torch.where(o, v, mean + (gain @ ((v - mean) * o).unsqueeze(-1)).squeeze(-1))
                     hidden = (~o).to(v)
                     unexplained = covariance - gain @ covariance

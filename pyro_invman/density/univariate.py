@@ -57,32 +57,28 @@ class Mixture:
     ) -> None:
         self.log_weights = logits.log_softmax(-1)
         self.loc, self.scale = loc, scale
-        self.lower, self.upper = lower, upper
+        self.ends = None if lower is None or upper is None else (lower, upper)
         if lower is not None and upper is not None:
             # an end beyond _FAR scales bounds no mass that can be told from none; clamped, gradients stay finite
             self._low = ((lower.clamp_min(-1e9).unsqueeze(-1) - loc) / scale).clamp(-_FAR, _FAR)
             self._high = ((upper.clamp_max(1e9).unsqueeze(-1) - loc) / scale).clamp(-_FAR, _FAR)
             self._log_mass = _log_interval_mass(self._low, self._high)
 
-    @property
-    def bounded(self) -> bool:
-        return self.lower is not None and self.upper is not None
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density (...,); −inf outside the support."""
         z = (value.unsqueeze(-1) - self.loc) / self.scale
         parts = self.log_weights - 0.5 * z.square() - self.scale.log() - _LOG_SQRT_2PI
-        if not self.bounded:
+        if self.ends is None:
             return parts.logsumexp(-1)
-        inside = (value >= self.lower) & (value <= self.upper)
+        inside = (value >= self.ends[0]) & (value <= self.ends[1])
         return torch.where(inside, (parts - self._log_mass).logsumexp(-1), -math.inf)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function (...,)."""
         z = (value.unsqueeze(-1) - self.loc) / self.scale
-        if not self.bounded:
+        if self.ends is None:
             return (self.log_weights.exp() * torch.special.ndtr(z)).sum(-1)
-        inside = (value > self.lower) & (value < self.upper)
+        inside = (value > self.ends[0]) & (value < self.ends[1])
         safe = torch.where(inside.unsqueeze(-1), z.clamp(-_FAR, _FAR), self._high)
         below = (
             (self.log_weights + _log_interval_mass(self._low, safe) - self._log_mass)
@@ -90,7 +86,7 @@ class Mixture:
             .sum(-1)
             .clamp_max(1.0)
         )
-        return torch.where(inside, below, (value >= self.upper).to(value))
+        return torch.where(inside, below, (value >= self.ends[1]).to(value))
 
     def icdf(self, probability: Tensor) -> Tensor:
         """Quantile (...,), found by bisection; its gradient is that of the implicit function
@@ -99,9 +95,8 @@ class Mixture:
             reach = 12.0 + torch.zeros_like(self.loc)
             low = (self.loc - reach * self.scale).amin(-1)
             high = (self.loc + reach * self.scale).amax(-1)
-            if self.bounded:
-                low, high = low.maximum(self.lower), high.minimum(self.upper)
-                low, high = low.minimum(self.upper), high.maximum(self.lower)
+            if self.ends is not None:
+                low, high = low.clamp(*self.ends), high.clamp(*self.ends)
             low, high = (
                 end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high)
             )
@@ -120,24 +115,30 @@ class Mixture:
         with torch.no_grad():
             batch = torch.broadcast_shapes(self.log_weights.shape, self.loc.shape)
             shape = batch[:-1] if shape is None else shape
-            options = {"dtype": self.loc.dtype, "device": self.loc.device, "generator": generator}
+            like, size = self.loc, torch.Size(shape)
+
+            def uniform() -> Tensor:
+                return torch.rand(size, dtype=like.dtype, device=like.device, generator=generator)
+
             cumulative = self.log_weights.exp().cumsum(-1).expand(*shape, batch[-1])
-            chosen = (cumulative < torch.rand(shape, **options).unsqueeze(-1)).sum(-1, keepdim=True)
+            chosen = (cumulative < uniform().unsqueeze(-1)).sum(-1, keepdim=True)
             chosen = chosen.clamp_max(batch[-1] - 1)
 
             def pick(parameter: Tensor) -> Tensor:
                 return parameter.expand(*shape, batch[-1]).gather(-1, chosen).squeeze(-1)
 
             loc, scale = pick(self.loc), pick(self.scale)
-            if not self.bounded:
-                return loc + scale * torch.randn(shape, **options)
+            if self.ends is None:
+                return loc + scale * torch.randn(
+                    size, dtype=like.dtype, device=like.device, generator=generator
+                )
             low, high = pick(self._low), pick(self._high)
             flip = low > 0
             low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
             below, above = torch.special.ndtr(low), torch.special.ndtr(high)
-            z = torch.special.ndtri(below + (above - below) * torch.rand(shape, **options))
+            z = torch.special.ndtri(below + (above - below) * uniform())
             value = loc + scale * torch.where(flip, -z, z).clamp(-9.0, 9.0)
-            return value.maximum(self.lower).minimum(self.upper)
+            return value.clamp(*self.ends)
 
 
 class Spline:
@@ -255,7 +256,7 @@ class Spline:
         a, b, c = h * (slope - d0) + dy * bend, h * d0 - dy * bend, -slope * dy
         t = 2 * c / (-b - (b.square() - 4 * a * c).clamp_min(0.0).sqrt())
         value = self.loc + self.scale * torch.where(inside, x0 + w * t, g)
-        return value if self.ends is None else value.maximum(self.ends[0]).minimum(self.ends[1])
+        return value if self.ends is None else value.clamp(*self.ends)
 
     def sample(self, generator: torch.Generator | None = None, shape: torch.Size | None = None) -> Tensor:
         """Draws of `shape`, to which the batch shape must broadcast (default: one a batch element); no gradient."""

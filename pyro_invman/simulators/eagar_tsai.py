@@ -25,6 +25,7 @@ from torch import Tensor
 _NODES = (32, 64, 128, 256)
 _TINY = 1e-20
 _TOLERANCE = 1e-8
+_NEAR = 1e-4  # one more Newton step from here is within the tolerance
 _MOST_STEPS = 30
 _SPACING = 0.25  # of nodes near the beam, in beam radii
 _FAST = 0.6  # times Pe: beyond 1 the wake behind the beam is narrower than the beam
@@ -225,15 +226,20 @@ def _widest(
 
     log I is convex and falling in the squared distance, so Newton steps from within never pass the isotherm.
     """
-    for _ in range(_MOST_STEPS):
-        log_i, slopes = _log_derivatives(integrand, x, square, decay)
-        outward = (goal - log_i) / slopes.square
-        along = -(slopes.x + slopes.x_square * outward) / slopes.xx
-        climb = torch.where(slopes.x > 0, front - x, rear - x) / 4
-        along = torch.where((slopes.xx < 0) & (x + along > rear) & (x + along < front), along, climb)
-        x, square = x + along, (square + outward).clamp_min(0)
-        if not (((log_i - goal).abs() > _TOLERANCE) | (along.abs() > _TOLERANCE * (front - rear))).any():
-            break
+
+    def tilt(x: Tensor) -> tuple[Tensor, Tensor]:
+        """d log I / dx on the isotherm, zero where it is widest, and its derivative along the isotherm."""
+        nonlocal square
+        for _ in range(_MOST_STEPS):
+            log_i, slopes = _log_derivatives(integrand, x, square, decay)
+            outward = (goal - log_i) / slopes.square
+            square = (square + outward).clamp_min(0)
+            if not ((log_i - goal).abs() > _NEAR).any():
+                break
+        slope = slopes.x + slopes.x_square * outward
+        return slope, slopes.xx - slopes.x_square * slope / slopes.square
+
+    x = _root(tilt, rear, front, x)
     return x, square
 
 
