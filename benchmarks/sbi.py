@@ -8,7 +8,7 @@ from one posterior, and to evaluate 10,000 log-densities of it; and the log loss
 
 Methods: ``npe`` is sbi's NPE with a neural spline flow, else its defaults; ``fmpe`` is sbi's FMPE with its
 defaults; ``invman`` is this package's `JointFlow`, one flow to a problem, which is also asked for other
-conditionals, and which may fit for twice the processor seconds that NPE took (slcp: four times), as wall time. NPE's log-densities are taken without its leakage correction (``norm_posterior=False``), which
+conditionals. NPE's log-densities are taken without its leakage correction (``norm_posterior=False``), which
 would draw 10,000 times first.
 """
 
@@ -47,7 +47,6 @@ TIMED = 10_000
 HELD_OUT = 1_000
 HELD_OUT_SLOW = 200
 AFFORDABLE_SECONDS = 30.0
-BUDGET = {"slcp": 4.0}  # fit seconds of invman in those of NPE; 2 elsewhere
 _HELD_OUT_SEED = 1_000_000
 
 Cell = dict[str, Any]
@@ -334,7 +333,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--simulations", type=int, default=10_000, help="rows that every method is fitted to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fit-seconds", type=float, help="wall seconds that invman may fit (twice NPE's; slcp: four times)")
+    parser.add_argument("--fit-seconds", type=float, help="wall seconds that invman may fit (no limit)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sbi.json")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, one thread each")
     parser.add_argument("--resume", action="store_true", help="skip what equal settings and versions gave")
@@ -342,20 +341,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _fit_seconds(arguments: argparse.Namespace, problem: str, method: str) -> float | None:
-    """Wall seconds that `method` may fit: as asked, or for this package a multiple of what NPE took in this table."""
-    if method != "invman" or arguments.fit_seconds is not None:
-        return arguments.fit_seconds if method == "invman" else None
-    npe = read_results(arguments.out)["cells"].get(_key(problem, "npe", arguments.simulations, arguments.seed))
-    return None if npe is None else round(BUDGET.get(problem, 2.0) * npe["fit"]["cpu_s"], 1)
-
-
-def _settings(arguments: argparse.Namespace, problem: str, method: str) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     return {
         "protocol": PROTOCOL,
         "simulations": arguments.simulations,
         "seed": arguments.seed,
-        "fit_seconds": _fit_seconds(arguments, problem, method),
+        "fit_seconds": arguments.fit_seconds if method == "invman" else None,
     }
 
 
@@ -369,16 +360,15 @@ def _run(arguments: argparse.Namespace, problem: str, method: str) -> bool:
         command = [sys.executable, "-m", "benchmarks.sbi", "--cell", str(answer), "--problems", problem]
         command += ["--methods", method, "--seed", str(arguments.seed)]
         command += ["--simulations", str(arguments.simulations)]
-        seconds = _fit_seconds(arguments, problem, method)
-        if seconds is not None:
-            command += ["--fit-seconds", str(seconds)]
+        if arguments.fit_seconds is not None:
+            command += ["--fit-seconds", str(arguments.fit_seconds)]
         done = subprocess.run(command, cwd=folder, env=environment, check=False)
         if done.returncode:
             print(f"{problem}/{method}: failed, exit status {done.returncode}", file=sys.stderr, flush=True)
             return False
         cell = json.loads(answer.read_text())
     cell |= {
-        "settings": _settings(arguments, problem, method),
+        "settings": _settings(arguments, method),
         "versions": found,
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -393,7 +383,7 @@ def _is_kept(arguments: argparse.Namespace, problem: str, method: str) -> bool:
     cell = read_results(arguments.out)["cells"].get(key)
     return (
         cell is not None
-        and cell["settings"] == _settings(arguments, problem, method)
+        and cell["settings"] == _settings(arguments, method)
         and cell["versions"] == versions(method)
     )
 

@@ -95,7 +95,7 @@ class Problem:
 
 
 def dataset(problem: Problem, theta: Tensor, x: Tensor) -> xr.Dataset:
-    """The rows ``theta: (N, D_theta)``, ``x: (N, D_x)`` with roles and supports, as this package takes them in.
+    """The rows ``theta: (N, D_theta)``, ``x: (N, D_x)``, with their roles and supports.
 
     Raises:
         DataError: an observation is constant, as SIR's first nearly is: it takes some thousand rows to vary.

@@ -221,7 +221,7 @@ def check_support(variable: Variable, cells: np.ndarray) -> None:
         return
     if wrong.any():
         row = int(wrong.argmax())
-        more = f" (and in {wrong.sum() - 1} rows more)" if wrong.sum() > 1 else ""
+        more = f" (and {wrong.sum() - 1} more)" if wrong.sum() > 1 else ""
         found = f"found {cells[row]:g}, expected {expected} for support {variable.support!r}"
         todo = "mend the cell, leave it blank if it was not measured, or declare another support"
         raise DataError(f"{variable.name}, row {row}: {found}{more}; {todo}")
