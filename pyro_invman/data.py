@@ -183,9 +183,9 @@ def validate(ds: xr.Dataset, training: bool = True) -> xr.Dataset:
     if not isinstance(ds, xr.Dataset):
         found = f"found {type(ds).__name__}"
         raise DataError(f"data: {found}, expected an xarray.Dataset; `read` and `from_columns` make one")
-    _check_shape(ds)
     if not ds.data_vars:
         raise DataError("data: found no variable, expected at least one; give a role to some column")
+    _check_shape(ds)
     if training and ds.sizes["row"] == 0:
         raise DataError("data: found an empty table (no row), expected rows to learn from")
     normal: dict[str, Any] = {}
@@ -213,8 +213,7 @@ def variables_of(ds: xr.Dataset) -> Variables:
     """
     _check_shape(ds)
     return Variables(
-        _variable(str(name), array.attrs, _cells(str(name), array)[1])
-        for name, array in ds.data_vars.items()
+        _variable(str(name), array.attrs, _cells(str(name), array)[1]) for name, array in ds.data_vars.items()
     )
 
 
@@ -266,7 +265,9 @@ def _stored_columns(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, di
         how |= {"engine": "zarr", "consolidated": False}
     with xr.open_dataset(path, **how) as opened:
         ds = opened.load()
-    columns = {str(name): array for name, array in ds.variables.items()}
+    # Zarr lists its arrays in no order, and what is fitted to them should not depend on that
+    names = sorted(map(str, ds.variables)) if kind == ".zarr" else [str(name) for name in ds.variables]
+    columns = {name: ds.variables[name] for name in names}
     fields = {name: dict(array.attrs) | {"coordinate": name in ds.coords} for name, array in columns.items()}
     return columns, fields, dict(ds.attrs)
 

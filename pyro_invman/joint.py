@@ -74,12 +74,14 @@ class JointFlow(PyroModule):
         self.exchangeable = _checked_groups(variables, exchangeable or ())
         self.standardization = Standardization(variables)
         self.register_buffer("links", torch.zeros(len(variables), len(variables), dtype=torch.long))
+        self.seed = seed
+        self.density = self._untrained()
+        self.register_buffer("_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False)
+
+    def _untrained(self) -> AnyOrderFlow:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.density = AnyOrderFlow(self._layout(), **architecture)
-        self.register_buffer(
-            "_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False
-        )
+            torch.manual_seed(self.seed)
+            return AnyOrderFlow(self._layout(), **self.architecture)
 
     def _layout(self) -> Layout:
         levels = tuple(len(v.levels) for v in self.variables)
@@ -100,13 +102,19 @@ class JointFlow(PyroModule):
         Raises:
             DataError: the data cannot be learned from (see :func:`pyro_invman.validate`).
         """
-        validate(ds)
+        ds = validate(ds)
         variables = variables_of(ds)
         flow = cls(variables, exchangeable, seed, **architecture)
         flow._learn_scales(to_tensor(ds, variables))
         return flow
 
     def _learn_scales(self, values: Tensor) -> None:
+        for group in self.exchangeable:  # every member takes every place once, so that all are treated alike
+            columns = torch.tensor([self.variables.indices(member) for member in group])
+            moved = [values.clone() for _ in group]
+            for shift, rows in enumerate(moved):
+                rows[:, columns.flatten()] = values[:, columns.roll(shift, 0).flatten()]
+            values = torch.cat(moved)
         self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
         self.density.lower.copy_(self.standardization.lower)
         self.density.upper.copy_(self.standardization.upper)
@@ -129,7 +137,7 @@ class JointFlow(PyroModule):
         r"""Learns the density from the rows of `ds`; returns the history over ``step``.
 
         Minimises :math:`-\log p(t \mid g)` averaged over targets and givens drawn among the *observed* cells of each
-        row, which is right when cells are missing completely at random.
+        row, which is right when cells are missing completely at random. A second fit starts anew.
 
         Arguments:
             seed: of the split, the batches and the queries: the same seed gives the same weights.
@@ -144,20 +152,18 @@ class JointFlow(PyroModule):
         Raises:
             DataError: the rows do not fit the variables, or the checkpoint belongs to another run.
         """
-        validate(ds)
-        values = to_tensor(ds, self.variables)
+        values = to_tensor(validate(ds), self.variables)
         queries = queries or QueryMix()
         schedule = schedule or Schedule()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(values), generator=generator)
         held_out = max(1, round(validation * len(values)))
         if len(values) - held_out < 2:
-            raise DataError(
-                f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out"
-            )
+            raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
         observed = ~values.isnan()
         self.links.copy_(observed.long().T @ observed.long())
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
+        self.density.load_state_dict(self._untrained().state_dict())  # a fit starts anew
         self._learn_scales(training_rows)
         dtype = self.density.dtype
         working = self.standardization(training_rows).to(dtype)
@@ -253,9 +259,7 @@ class JointFlow(PyroModule):
         row = stack_given(
             self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype)
         )
-        return ConditionalFlow(
-            self.density, self.standardization, self.variables, targets, row.to(weights.device)
-        )
+        return ConditionalFlow(self.density, self.standardization, self.variables, targets, row.to(weights.device))
 
     def log_prob(self, ds: xr.Dataset) -> Tensor:
         """Log-density (N,) of the observed cells of each row, jointly, in natural units."""
@@ -318,17 +322,13 @@ def load(folder: str | os.PathLike[str]) -> JointFlow:
         stated = schema.pop("sha256")
         version = int(schema["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})"
-        ) from error
+        raise DataError(f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})") from error
     if version > _FORMAT:
         raise DataError(
             f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman"
         )
     if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
-        raise DataError(
-            f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content"
-        )
+        raise DataError(f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content")
     weights = folder / "weights.safetensors"
     if not weights.is_file():
         raise DataError(f"{folder}: damaged, weights.safetensors is missing")

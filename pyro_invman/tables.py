@@ -68,9 +68,11 @@ def parquet_columns(path: Path, as_text: Collection[str]) -> dict[str, Any]:
     from pyarrow import parquet
 
     table = parquet.read_table(path)
-    names = _header(path, table.column_names)
-    columns = {name: table.column(position).to_pandas() for position, name in enumerate(names)}
-    return {name: cells.astype(object) if name in as_text else cells for name, cells in columns.items()}
+    _header(path, table.column_names)
+    frame = table.to_pandas()
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    return {str(name): cells.astype(object) if name in as_text else cells for name, cells in frame.items()}
 
 
 def _header(path: Path, cells: Iterable[Any]) -> list[str]:

@@ -59,9 +59,7 @@ class Variable:
         if self.role not in ROLES:
             raise DataError(f"{self.name}: unknown role {self.role!r}; expected one of {list(ROLES)}")
         if self.support not in SUPPORTS:
-            raise DataError(
-                f"{self.name}: unknown support {self.support!r}; expected one of {list(SUPPORTS)}"
-            )
+            raise DataError(f"{self.name}: unknown support {self.support!r}; expected one of {list(SUPPORTS)}")
         if not isinstance(self.units, str):
             raise DataError(f"{self.name}: units must be text, found {self.units!r}")
         self._plain("lower", None if self.lower is None else self._number("lower"))
@@ -74,9 +72,7 @@ class Variable:
                 found = f"found {self.lower} and {self.upper}"
                 raise DataError(f"{self.name}: support 'interval' needs finite lower < upper, {found}")
         elif self.lower is not None or self.upper is not None:
-            raise DataError(
-                f"{self.name}: lower and upper belong to support 'interval', not {self.support!r}"
-            )
+            raise DataError(f"{self.name}: lower and upper belong to support 'interval', not {self.support!r}")
         if self.discrete and (len(set(self.levels)) < max(1, len(self.levels)) or "" in self.levels):
             raise DataError(f"{self.name}: found levels {list(self.levels)}, expected different names, at least one")
         if self.levels and not self.discrete:
@@ -92,9 +88,7 @@ class Variable:
         try:
             return float(getattr(self, field))
         except (TypeError, ValueError):
-            raise DataError(
-                f"{self.name}: {field} must be a number, found {getattr(self, field)!r}"
-            ) from None
+            raise DataError(f"{self.name}: {field} must be a number, found {getattr(self, field)!r}") from None
 
     @property
     def discrete(self) -> bool:
@@ -125,9 +119,7 @@ class Variable:
         try:
             return cls(**fields)
         except TypeError:
-            raise DataError(
-                f"variable {fields!r}: expected the fields {list(cls.__dataclass_fields__)}"
-            ) from None
+            raise DataError(f"variable {fields!r}: expected the fields {list(cls.__dataclass_fields__)}") from None
 
 
 class Variables(Sequence[Variable]):
@@ -144,9 +136,7 @@ class Variables(Sequence[Variable]):
             raise DataError("variables: none given; a row needs at least one")
         for position, name in enumerate(self.names):
             if name in self.names[:position]:
-                raise DataError(
-                    f"variables: {name} appears twice (columns {self.names.index(name)} and {position})"
-                )
+                raise DataError(f"variables: {name} appears twice (columns {self.names.index(name)} and {position})")
 
     @overload
     def __getitem__(self, index: int) -> Variable: ...
@@ -236,19 +226,14 @@ class Standardization(nn.Module):
     def __init__(self, variables: Variables) -> None:
         super().__init__()
         ends = [
-            (-math.inf if v.lower is None else v.lower, math.inf if v.upper is None else v.upper)
-            for v in variables
+            (-math.inf if v.lower is None else v.lower, math.inf if v.upper is None else v.upper) for v in variables
         ]
         self.names = variables.names
         self.register_buffer("loc", torch.zeros(len(variables), dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(variables), dtype=torch.float64))
-        self.register_buffer(
-            "_log", torch.tensor([v.support == "positive" for v in variables]), persistent=False
-        )
+        self.register_buffer("_log", torch.tensor([v.support == "positive" for v in variables]), persistent=False)
         self.register_buffer("_fixed", torch.tensor([v.discrete for v in variables]), persistent=False)
-        self.register_buffer(
-            "_ends", torch.tensor(ends, dtype=torch.float64).T.contiguous(), persistent=False
-        )
+        self.register_buffer("_ends", torch.tensor(ends, dtype=torch.float64).T.contiguous(), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Standardization:
         """Moves with the module it is part of, but keeps its digits."""
@@ -301,11 +286,7 @@ class Standardization(nn.Module):
 
     def _columns(self, index: Sequence[int] | Tensor | None, cells: Tensor) -> Tensor:
         device = self.loc.device
-        columns = (
-            torch.arange(len(self.loc), device=device)
-            if index is None
-            else torch.as_tensor(index, device=device)
-        )
+        columns = torch.arange(len(self.loc), device=device) if index is None else torch.as_tensor(index, device=device)
         if cells.dim() == 0 or cells.shape[-1] != len(columns):
             found = f"found shape {tuple(cells.shape)}"
             raise DataError(f"values: {found}, expected (..., {len(columns)}), a cell for each column")

@@ -347,9 +347,9 @@ def test_settings_cannot_load_on_the_task(tasks):
     loading[1, 0] = 0.1
     with pytest.raises(DataError, match="x2 is a parameter with loading"):
         HierarchicalLinearGaussian(tasks.variables, tasks.mean, loading, tasks.covariance)
-    with pytest.raises(DataError, match="task_share is 1.0"):
+    with pytest.raises(DataError, match=r"task_share is 1\.0"):
         HierarchicalLinearGaussian.random(task_share=1.0)
     with pytest.raises(DataError, match=r"rows has shape \(5,\)"):
         tasks.task_posterior(torch.zeros(5))
-    with pytest.raises(DataError, match="torch.bool"):
+    with pytest.raises(DataError, match=r"torch\.bool"):
         tasks.information_gain(torch.ones(1, 5))

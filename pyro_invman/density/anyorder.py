@@ -103,9 +103,7 @@ class AnyOrderFlow(nn.Module):
             self.out.bias.zero_()
             if head == "mixture":  # close to a standard normal, of components that differ
                 spread = torch.special.ndtri((torch.arange(components) + 0.5) / components)
-                start = torch.stack(
-                    [torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))]
-                )
+                start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
                 self.out.bias.copy_(start.flatten())
 
     def fit_base(self, values: Tensor) -> None:
@@ -113,15 +111,16 @@ class AnyOrderFlow(nn.Module):
         self.context.fit(values)
 
     def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor) -> Parameters:
-        """What the heads of `targets` (B, T) need, given the cells of `values` (B, D) that are `known` (B, D)."""
+        """What the heads of `targets` (..., T) need, given the cells of `values` (..., D) that are `known` (..., D).
+
+        `known` may be smaller and broadcast: rows with the same cells known share the work of the Gaussian base.
+        """
         seen = self.context(values, known)
         hidden = self.backbone(seen)
         cells = self.context.first[targets]
-        mean, scale = seen.mean.gather(1, cells), seen.scale.gather(1, cells)
-        asked = torch.cat(
-            [mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1
-        )
-        hidden = hidden.unsqueeze(1) + self.slot_embedding(self.slot[targets]) + self.query(asked)
+        mean, scale = seen.mean.gather(-1, cells), seen.scale.gather(-1, cells)
+        asked = torch.cat([mean.unsqueeze(-1), scale.log().unsqueeze(-1), *self.context.own(seen.members, targets)], -1)
+        hidden = hidden.unsqueeze(-2) + self.slot_embedding(self.slot[targets]) + self.query(asked)
         for block in self.head:
             hidden = block(hidden)
         hidden = F.silu(self.norm(hidden))
@@ -144,9 +143,10 @@ class AnyOrderFlow(nn.Module):
         return Mixture(logits, loc, scale, *bounds)
 
     def cell_log_prob(self, values: Tensor, known: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
-        """log p(answer | known cells) (B, T) of each target on its own.
+        """log p(answer | known cells) (..., T) of each target on its own.
 
-        `values` (B, D) is read where `known` (B, D) is true; `targets` (B, T) are columns, `answers` (B, T) their values.
+        `values` (..., D) is read where `known` (..., D) is true, and the two broadcast; `targets` (..., T) are columns,
+        `answers` (..., T) their values.
         """
         return self._score(self.parameters_of(values, known, targets), targets, answers)
 
@@ -155,9 +155,7 @@ class AnyOrderFlow(nn.Module):
         if logits is None:
             return self.cell(raw, mean, scale, targets).log_prob(answers)
         discrete = self.categorical[targets]
-        continuous = self.cell(raw, mean, scale, targets).log_prob(
-            torch.where(discrete, mean.detach(), answers)
-        )
+        continuous = self.cell(raw, mean, scale, targets).log_prob(torch.where(discrete, mean.detach(), answers))
         code = torch.where(discrete, answers, 0.0).long().clamp(0, self.max_levels - 1)
         log_mass = self._log_mass(logits, targets).expand(*continuous.shape, self.max_levels)
         picked = log_mass.gather(-1, code.expand(continuous.shape).unsqueeze(-1)).squeeze(-1)
@@ -170,18 +168,11 @@ class AnyOrderFlow(nn.Module):
 
     def _ask(self, row: Tensor, known: Tensor, target: int) -> tuple[Parameters, Tensor]:
         """Parameters of one target for rows (..., D), and its column as a tensor (...,)."""
-        row, known = torch.broadcast_tensors(row, known)
-        shape = row.shape[:-1]
+        shape = torch.broadcast_shapes(row.shape, known.shape)[:-1]
         column = torch.full(shape, target, dtype=torch.long, device=row.device)
-        flat = self.parameters_of(
-            row.reshape(-1, self.dim), known.reshape(-1, self.dim), column.reshape(-1, 1)
-        )
-        raw, mean, scale, logits = flat
+        raw, mean, scale, logits = self.parameters_of(row, known, column.unsqueeze(-1))
         return Parameters(
-            raw.reshape(*shape, raw.shape[-1]),
-            mean.reshape(shape),
-            scale.reshape(shape),
-            None if logits is None else logits.reshape(*shape, self.max_levels),
+            raw.squeeze(-2), mean.squeeze(-1), scale.squeeze(-1), None if logits is None else logits.squeeze(-2)
         ), column
 
     @property
@@ -218,7 +209,7 @@ class AnyOrderFlow(nn.Module):
         terms = [self._score(parameters, column, answers[..., 0]).expand(shape).unsqueeze(-1)]
         later = targets[1:]
         if later:
-            row, seen = given.expand(*shape, self.dim), known.expand(*shape, self.dim)
+            row, seen = given.expand(*shape, self.dim), known
             rows, masks = [], []
             for k, target in enumerate(targets[:-1]):
                 here = torch.arange(self.dim, device=given.device) == target
@@ -226,14 +217,10 @@ class AnyOrderFlow(nn.Module):
                 seen = seen | (here if wanted is None else here & wanted[..., k : k + 1])
                 rows.append(row)
                 masks.append(seen)
-            columns = torch.tensor(list(later), device=given.device).expand(*shape, len(later))
-            scores = self.cell_log_prob(
-                torch.stack(rows, -2).reshape(-1, self.dim),
-                torch.stack(masks, -2).reshape(-1, self.dim),
-                columns.reshape(-1, 1),
-                answers[..., 1:].expand(columns.shape).reshape(-1, 1),
-            )
-            terms.append(scores.reshape(columns.shape))
+            columns = torch.tensor(list(later), device=given.device).expand(*shape, len(later)).unsqueeze(-1)
+            right = answers[..., 1:].expand(*shape, len(later)).unsqueeze(-1)
+            scores = self.cell_log_prob(torch.stack(rows, -2), torch.stack(masks, -2), columns, right).squeeze(-1)
+            terms.append(scores)
         joined = torch.cat(terms, -1)
         return (joined if wanted is None else torch.where(wanted, joined, 0.0)).sum(-1)
 

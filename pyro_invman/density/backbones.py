@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class MaskedMLP(nn.Module):
-    """Cells × mask, and mask, through residual blocks; (B, width).
+    """Cells × mask, and mask, through residual blocks; (..., width).
 
     Members of an exchangeable group pass through one shared network and are summed, so their order cannot matter
     (Zaheer et al., *Deep sets*, NeurIPS 2017).
@@ -48,11 +48,11 @@ class MaskedMLP(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
 
     def forward(self, seen: Seen) -> Tensor:
-        features = [seen.singles.flatten(1)]
+        features = [seen.singles.flatten(-2)]
         for network, members, present in zip(self.sets, seen.members, seen.present, strict=True):
             weight = present.to(members).unsqueeze(-1)
-            total, count = (network(members) * weight).sum(1), weight.sum(1)
-            features += [total / members.shape[1], total / count.clamp_min(1), count]
+            total, count = (network(members) * weight).sum(-2), weight.sum(-2)
+            features += [total / members.shape[-2], total / count.clamp_min(1), count]
         hidden: Tensor = self.enter(torch.cat(features, -1))
         for block in self.blocks:
             hidden = block(hidden)
@@ -60,7 +60,7 @@ class MaskedMLP(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """One token a known cell (one a member, in an exchangeable group) and one that gathers them; (B, width)."""
+    """One token a known cell (one a member, in an exchangeable group) and one that gathers them; (..., width)."""
 
     def __init__(self, context: Context, width: int, blocks: int, heads: int = 4) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class TokenTransformer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
 
     def forward(self, seen: Seen) -> Tensor:
-        batch = seen.singles.shape[0]
-        tokens = [self.gather.expand(batch, 1, -1), self.single(seen.singles) + self.which]
-        known = [
-            torch.ones(batch, 1, dtype=torch.bool, device=seen.singles.device),
-            seen.singles[..., -1] > 0,
-        ]
+        batch = seen.singles.shape[:-2]
+        tokens = [self.gather.expand(*batch, 1, -1), self.single(seen.singles) + self.which]
+        known = [seen.singles.new_ones((*batch, 1), dtype=torch.bool), seen.singles[..., -1] > 0]
         for network, members, present in zip(self.member, seen.members, seen.present, strict=True):
             tokens.append(network(members))
             known.append(present)
-        hidden: Tensor = self.encoder(torch.cat(tokens, 1), src_key_padding_mask=~torch.cat(known, 1))
-        return hidden[:, 0]
+        row, hidden_from = torch.cat(tokens, -2), ~torch.cat(known, -1)
+        read: Tensor = self.encoder(
+            row.reshape(-1, *row.shape[-2:]), src_key_padding_mask=hidden_from.reshape(-1, row.shape[-2])
+        )
+        return read[:, 0].reshape(*batch, -1)

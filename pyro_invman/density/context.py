@@ -27,17 +27,21 @@ class Layout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The known cells of B rows, zero where a cell is not known.
+    """The known cells of rows, zero where a cell is not known.
 
-    `singles` (B, S, 4) outside groups, `members` (B, M, 4 C) and which of them are `present` (B, M) group by group, and
-    what the Gaussian base says of every cell, `mean` and `scale` (B, E).
+    `singles` (..., S, 4) outside groups, `members` (..., M, 4 C) group by group, and what the Gaussian base says of
+    every cell, `mean` and `scale` (..., E).
     """
 
     singles: Tensor
     members: list[Tensor]
-    present: list[Tensor]
     mean: Tensor
     scale: Tensor
+
+    @property
+    def present(self) -> list[Tensor]:
+        """Which members (..., M) have a known cell."""
+        return [(cells[..., PER_CELL - 1 :: PER_CELL] > 0).any(-1) for cells in self.members]
 
 
 class Context(nn.Module):
@@ -102,10 +106,9 @@ class Context(nn.Module):
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
         """Fits the base and the normal scores to working rows (N, D) with NaN."""
-        rows = [values]
-        for group in self.layout.groups:  # exchangeable: every member takes every place once
-            rows = [_rolled(v, group, shift) for v in rows for shift in range(len(group))]
-        self.base.fit(self.cells(torch.cat(rows)))
+        self.base.fit(self.cells(values))
+        for g in range(len(self.member_sizes)):
+            self.base.exchange(self.first[self.columns_of(g)])
         quantiles = (torch.arange(self.knots.shape[1], dtype=torch.float64) + 0.5) / self.knots.shape[1]
         for j in range(values.shape[1]):
             seen = values[:, j][~values[:, j].isnan()].double()
@@ -115,44 +118,35 @@ class Context(nn.Module):
 
     def normal_scores(self, values: Tensor) -> Tensor:
         """Piecewise linear map (..., D) of each column's quantiles to those of a standard normal, within ±4."""
-        right = (
-            torch.searchsorted(self.knots, values.detach().mT.contiguous())
-            .clamp(1, self.knots.shape[1] - 1)
-            .mT
-        )
-        column = torch.arange(values.shape[-1], device=values.device)
+        flat = values.reshape(-1, values.shape[-1])
+        right = torch.searchsorted(self.knots, flat.detach().mT.contiguous()).clamp(1, self.knots.shape[1] - 1).mT
+        column = torch.arange(flat.shape[-1], device=values.device)
         below, above = self.knots[column, right - 1], self.knots[column, right]
         slope = (self.scores[right] - self.scores[right - 1]) / (above - below).clamp_min(1e-6)
-        return (self.scores[right - 1] + slope * (values - below)).clamp(-4, 4)
+        return (self.scores[right - 1] + slope * (flat - below)).clamp(-4, 4).reshape(values.shape)
 
     def forward(self, values: Tensor, known: Tensor) -> Seen:
-        """`values` (B, D) in working coordinates, read where `known` (B, D)."""
+        """`values` (..., D) in working coordinates, read where `known` (..., D); the two broadcast."""
         values = torch.where(known, values, 0.0)
-        cells, known_cells = self.cells(values), known[:, self.owner]
+        cells, known_cells = self.cells(values), known[..., self.owner]
         mean, scale = self.base.condition(cells, known_cells)
         shown = (
             cells,
-            torch.where(self.categorical[self.owner], 0.0, self.normal_scores(values)[:, self.owner]),
+            torch.where(self.categorical[self.owner], 0.0, self.normal_scores(values)[..., self.owner]),
             ((cells - mean) / scale).clamp(-10, 10),
             torch.ones_like(cells),
         )
-        seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (B, E, 4)
-        groups = [self.columns_of(g) for g in range(len(self.member_sizes))]
-        return Seen(
-            seen[:, self.single],
-            [seen[:, self.first[columns]].flatten(-2) for columns in groups],
-            [known[:, columns].any(-1) for columns in groups],
-            mean,
-            scale,
-        )
+        seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (..., E, 4)
+        members = [seen[..., self.first[self.columns_of(g)], :].flatten(-2) for g in range(len(self.member_sizes))]
+        return Seen(seen[..., self.single, :], members, mean, scale)
 
     def own(self, members: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """The known cells of the member that each target (B, T) belongs to, group by group; zero for one in no group."""
+        """The known cells of the member that each target (..., T) is of, group by group; zero for one in no group."""
         shown = []
         for g, cells in enumerate(members):
             inside = (targets.unsqueeze(-1) == self.columns_of(g).flatten()).any(-1, keepdim=True)
-            index = self.member[targets].clamp(0, cells.shape[1] - 1).unsqueeze(-1)
-            shown.append(cells.gather(1, index.expand(-1, -1, cells.shape[-1])) * inside)
+            index = self.member[targets].clamp(0, cells.shape[-2] - 1).unsqueeze(-1)
+            shown.append(cells.gather(-2, index.expand(*index.shape[:-1], cells.shape[-1])) * inside)
         return shown
 
     def slots(self) -> list[int]:
@@ -168,10 +162,3 @@ class Context(nn.Module):
                 slots[j] = count
                 count += 1
         return slots
-
-
-def _rolled(values: Tensor, group: tuple[tuple[int, ...], ...], shift: int) -> Tensor:
-    rolled = values.clone()
-    for m, member in enumerate(group):
-        rolled[:, list(group[(m + shift) % len(group)])] = values[:, list(member)]
-    return rolled

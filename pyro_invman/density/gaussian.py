@@ -56,9 +56,7 @@ class GaussianBase(nn.Module):
         return self
 
     @torch.no_grad()
-    def fit(
-        self, values: Tensor, max_iterations: int = 200, tolerance: float = 1e-6, chunk: int = 4096
-    ) -> int:
+    def fit(self, values: Tensor, max_iterations: int = 200, tolerance: float = 1e-6, chunk: int = 4096) -> int:
         """Maximum likelihood from the observed cells by expectation–maximisation; returns the iterations used.
 
         The estimate is right when cells are missing completely at random or at random given the observed ones
@@ -98,22 +96,39 @@ class GaussianBase(nn.Module):
         self.covariance.copy_(covariance)
         return iteration
 
+    @torch.no_grad()
+    def exchange(self, members: Tensor) -> None:
+        """Averages mean and covariance over all orders of the `members` (M, C), each its C cells."""
+        number, size = members.shape
+        flat = members.flatten()
+        rest = torch.tensor([j for j in range(len(self.mean)) if j not in set(flat.tolist())], dtype=torch.long)
+        blocks = self.covariance[flat][:, flat].reshape(number, size, number, size)
+        within = torch.einsum("minj,mn->ij", blocks, torch.eye(number).to(blocks)) / number
+        between = (blocks.sum((0, 2)) - number * within) / (number * (number - 1))
+        same = torch.eye(number, dtype=torch.bool).reshape(number, 1, number, 1)
+        mixed = torch.where(same, within.reshape(1, size, 1, size), between.reshape(1, size, 1, size))
+        across = self.covariance[flat][:, rest].reshape(number, size, -1).mean(0).repeat(number, 1)
+        self.covariance[flat.unsqueeze(-1), flat] = mixed.reshape(number * size, number * size)
+        self.covariance[flat.unsqueeze(-1), rest] = across
+        self.covariance[rest.unsqueeze(-1), flat] = across.mT
+        self.mean[flat] = self.mean[members].mean(0).repeat(number)
+
     def condition(self, values: Tensor, known: Tensor) -> Conditional:
         """Mean and scale of every cell given the known ones (leave-one-out where the cell is itself known).
 
-        `values` (..., D) is read where `known` (..., D) is true, and may hold anything finite elsewhere. Differentiable
-        in `values`; comes back in their dtype.
+        `values` (..., D) is read where `known` (..., D) is true, and may hold anything finite elsewhere. The two
+        broadcast, and a block is inverted once for each row of `known`: rows with the same cells known share the cost.
+        Differentiable in `values`; comes back in their dtype.
         """
         centred = torch.where(known, values.to(self.mean) - self.mean, 0.0)
         gain, precision = _gain(self.covariance, known)
-        weighted = (precision @ centred.unsqueeze(-1)).squeeze(-1)
+        weighted = torch.einsum("...ij,...j->...i", precision, centred)
         diagonal = precision.diagonal(dim1=-2, dim2=-1)
-        shift = weighted @ self.covariance
         explained = (gain * self.covariance).sum(-1)
         variance = torch.where(known, 1.0 / diagonal, self.covariance.diagonal() - explained)
-        mean = self.mean + torch.where(known, centred - weighted / diagonal, shift)
-        smallest = self.ridge * self.covariance.diagonal()
-        return Conditional(mean.to(values), variance.maximum(smallest).sqrt().to(values))
+        mean = self.mean + torch.where(known, centred - weighted / diagonal, weighted @ self.covariance)
+        scale = variance.maximum(self.ridge * self.covariance.diagonal()).sqrt()
+        return Conditional(mean.to(values), scale.to(values).expand(mean.shape))
 
     def log_prob(self, values: Tensor) -> Tensor:
         """Log-density (...,) of the observed cells of `values` (..., D); NaN cells are marginalised."""

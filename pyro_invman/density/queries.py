@@ -30,9 +30,7 @@ class QueryMix(NamedTuple):
     uniform: float = 0.25
     block: float = 0.05
 
-    def draw(
-        self, observed: Tensor, roles: Tensor, number: int, generator: torch.Generator | None = None
-    ) -> Queries:
+    def draw(self, observed: Tensor, roles: Tensor, number: int, generator: torch.Generator | None = None) -> Queries:
         """Queries for rows whose cells are `observed` (B, D).
 
         `roles` (D,) is 0, 1, 2 for parameter, observation, condition. A kind draws the given cells; then a place in
@@ -50,16 +48,12 @@ class QueryMix(NamedTuple):
         shares[:3] *= present.to(shares)
         if int(present.sum()) < 2:  # one role alone: a role given the others is the joint
             shares[:3] = 0.0
-        kind = torch.searchsorted(
-            (shares.cumsum(0) / shares.sum()).float().to(device), uniform(rows)
-        ).clamp_max(5)
+        kind = torch.searchsorted((shares.cumsum(0) / shares.sum()).float().to(device), uniform(rows)).clamp_max(5)
         in_role = roles == kind.clamp_max(2).unsqueeze(-1)
         block = (uniform(rows, 3) < 0.5)[:, roles]
         scattered = uniform(rows, dim) < uniform(rows, 1)
         kind = kind.unsqueeze(-1)
-        given = (
-            torch.where(kind < 3, ~in_role, torch.where(kind == 4, scattered, (kind == 5) & block)) & observed
-        )
+        given = torch.where(kind < 3, ~in_role, torch.where(kind == 4, scattered, (kind == 5) & block)) & observed
         full = (given == observed).all(-1, keepdim=True)  # nothing left to ask: ask for everything instead
         given = given & ~full
         todo = observed & ~given

@@ -80,12 +80,7 @@ class Mixture:
             return (self.log_weights.exp() * torch.special.ndtr(z)).sum(-1)
         inside = (value > self.ends[0]) & (value < self.ends[1])
         safe = torch.where(inside.unsqueeze(-1), z.clamp(-_FAR, _FAR), self._high)
-        below = (
-            (self.log_weights + _log_interval_mass(self._low, safe) - self._log_mass)
-            .exp()
-            .sum(-1)
-            .clamp_max(1.0)
-        )
+        below = (self.log_weights + _log_interval_mass(self._low, safe) - self._log_mass).exp().sum(-1).clamp_max(1.0)
         return torch.where(inside, below, (value >= self.ends[1]).to(value))
 
     def icdf(self, probability: Tensor) -> Tensor:
@@ -97,9 +92,7 @@ class Mixture:
             high = (self.loc + reach * self.scale).amax(-1)
             if self.ends is not None:
                 low, high = low.clamp(*self.ends), high.clamp(*self.ends)
-            low, high = (
-                end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high)
-            )
+            low, high = (end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high))
             for _ in range(60 if probability.dtype == torch.float64 else 34):
                 middle = (low + high) / 2
                 right = self.cdf(middle) < probability
@@ -129,9 +122,7 @@ class Mixture:
 
             loc, scale = pick(self.loc), pick(self.scale)
             if self.ends is None:
-                return loc + scale * torch.randn(
-                    size, dtype=like.dtype, device=like.device, generator=generator
-                )
+                return loc + scale * torch.randn(size, dtype=like.dtype, device=like.device, generator=generator)
             low, high = pick(self._low), pick(self._high)
             flip = low > 0
             low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
@@ -174,9 +165,7 @@ class Spline:
     ) -> None:
         bins, reach = widths.shape[-1], self.reach
         self.bounded = (
-            torch.zeros((), dtype=torch.bool)
-            if lower is None or upper is None
-            else lower.isfinite() & upper.isfinite()
+            torch.zeros((), dtype=torch.bool) if lower is None or upper is None else lower.isfinite() & upper.isfinite()
         )
         if lower is not None and upper is not None:
             low, high = torch.where(self.bounded, lower, -1.0), torch.where(self.bounded, upper, 1.0)
@@ -201,12 +190,7 @@ class Spline:
         """x0, width, y0, height, slope left, slope right (...,) of the bin that holds `value`."""
         bins = edges.shape[-1] - 1
         shape = torch.broadcast_shapes(edges.shape[:-1], value.shape)
-        k = (
-            (edges[..., 1:-1] <= value.unsqueeze(-1))
-            .sum(-1, keepdim=True)
-            .clamp(0, bins - 1)
-            .expand(*shape, 1)
-        )
+        k = (edges[..., 1:-1] <= value.unsqueeze(-1)).sum(-1, keepdim=True).clamp(0, bins - 1).expand(*shape, 1)
 
         def at(table: Tensor, index: Tensor) -> Tensor:
             return table.expand(*shape, table.shape[-1]).gather(-1, index).squeeze(-1)

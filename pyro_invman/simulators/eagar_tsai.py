@@ -28,6 +28,7 @@ _TOLERANCE = 1e-8
 _NEAR = 1e-4  # one more Newton step from here is within the tolerance
 _MOST_STEPS = 30
 _SPACING = 0.25  # of nodes near the beam, in beam radii
+_UNDER_BEAM = -1.4  # where two bulges exist, they lie on either side of this
 _FAST = 0.6  # times Pe: beyond 1 the wake behind the beam is narrower than the beam
 _TAIL = 4.5  # the integral stops where the Gaussian has fallen to exp(-_TAIL**2)
 _TERMS_AT_ONCE = 65_536  # rows x nodes that fit into the cache
@@ -153,13 +154,8 @@ def _isotherm(peclet: Tensor, level: Tensor, nodes: int) -> Isotherm:
         front = _root(ahead, top, top + reach + 2, top + 0.7)
         rear = -_root(behind, -top, reach + 2, torch.maximum(reach, 0.5 - top))
         start = torch.minimum(reach.square(), reach / (torch.e * peclet)) / 2  # half of a point source's
-        middle = (rear + front) / 2
-        down = _widest(integrand, integrand.sink, rear, front, goal, middle, start)
-        wake = _widest(integrand, integrand.spread, rear, front, goal, middle, start)
-        spot = _widest(
-            integrand, integrand.spread, rear, front, goal, top, start
-        )  # a fast pool has two bulges
-        across = tuple(torch.where(spot[1] > wake[1], s, w) for s, w in zip(spot, wake, strict=True))
+        down = _Outline(integrand, integrand.sink, goal, start).widest(rear, front)
+        across = _Outline(integrand, integrand.spread, goal, start).widest_of_two(rear, front, reach)
 
     drift = peclet.unsqueeze(-1) * (integrand.drift / peclet.detach().unsqueeze(-1))
     attached = integrand._replace(drift=drift)
@@ -211,7 +207,7 @@ def _root(
     """Where a function falls through zero between the bounds, by Newton steps or else bisection."""
     for _ in range(_MOST_STEPS):
         value, slope = function(x)
-        if not (value.abs() > _TOLERANCE).any():
+        if not ((value.abs() > _TOLERANCE) & (lower < upper)).any():
             break
         lower, upper = torch.where(value > 0, x, lower), torch.where(value > 0, upper, x)
         step = x - value / slope
@@ -219,28 +215,46 @@ def _root(
     return x
 
 
-def _widest(
-    integrand: _Integrand, decay: Tensor, rear: Tensor, front: Tensor, goal: Tensor, x: Tensor, square: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The place x where the isotherm is widest (or deepest), and the square of its distance there.
+class _Outline:
+    """The isotherm from above, y^2 over x, or from the side, z^2 over x; `decay` is the coefficient of the square."""
 
-    log I is convex and falling in the squared distance, so Newton steps from within never pass the isotherm.
-    """
+    def __init__(self, integrand: _Integrand, decay: Tensor, goal: Tensor, square: Tensor) -> None:
+        self.integrand, self.decay, self.goal, self.square = integrand, decay, goal, square
 
-    def tilt(x: Tensor) -> tuple[Tensor, Tensor]:
-        """d log I / dx on the isotherm, zero where it is widest, and its derivative along the isotherm."""
-        nonlocal square
+    def tilt(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """d log I / dx on the outline, which has the sign of its slope, and the derivative along it.
+
+        log I is convex and falling in the square, so Newton steps from within never pass the isotherm.
+        """
         for _ in range(_MOST_STEPS):
-            log_i, slopes = _log_derivatives(integrand, x, square, decay)
-            outward = (goal - log_i) / slopes.square
-            square = (square + outward).clamp_min(0)
-            if not ((log_i - goal).abs() > _NEAR).any():
+            log_i, slopes = _log_derivatives(self.integrand, x, self.square, self.decay)
+            outward = (self.goal - log_i) / slopes.square
+            self.square = (self.square + outward).clamp_min(0)
+            if not ((log_i - self.goal).abs() > _NEAR).any():
                 break
-        slope = slopes.x + slopes.x_square * outward
-        return slope, slopes.xx - slopes.x_square * slope / slopes.square
+        tilt = slopes.x + slopes.x_square * outward
+        return tilt, slopes.xx - slopes.x_square * tilt / slopes.square
 
-    x = _root(tilt, rear, front, x)
-    return x, square
+    def widest(self, rear: Tensor, front: Tensor) -> tuple[Tensor, Tensor]:
+        """Where between the two the outline is widest, and the square there."""
+        return _root(self.tilt, rear, front, (rear + front) / 2), self.square
+
+    def widest_of_two(self, rear: Tensor, front: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for an outline that may bulge twice: under a fast beam, and again in its wake."""
+        split = rear.clamp_min(_UNDER_BEAM)
+        under = self.tilt(split)[0] > 0
+        x, square = self.widest(torch.where(under, split, rear), torch.where(under, front, split))
+        again = (under & (-reach / 10 > rear) & (reach > -20 * _UNDER_BEAM)).nonzero().squeeze(-1)
+        if len(again):
+            rows = _Integrand(*(part[again] for part in self.integrand))
+            wake = _Outline(rows, self.decay[again], self.goal[again], self.square[again])
+            rear, near = rear[again], -reach[again] / 10
+            rear = torch.where(wake.tilt(near)[0] < 0, rear, near)
+            x_wake, square_wake = wake.widest(rear, near)
+            wider = square_wake > square[again]
+            x = x.index_put((again[wider],), x_wake[wider])
+            square = square.index_put((again[wider],), square_wake[wider])
+        return x, square
 
 
 def _reach(level: Tensor) -> Tensor:
