@@ -60,14 +60,20 @@ def measure(problem: str, variant: dict[str, Any], seconds: float, seed: int) ->
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison; the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.backbones", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["gaussian_mixture", "slcp", "lotka_volterra"])
+    parser.add_argument(
+        "--problems", nargs="+", choices=PROBLEMS, default=["gaussian_mixture", "slcp", "lotka_volterra"]
+    )
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "backbones.json")
     arguments = parser.parse_args(argv)
-    found: dict[str, Any] = {"seconds": arguments.seconds, "machine": machine(), "versions": versions("invman")}
+    found: dict[str, Any] = {
+        "seconds": arguments.seconds,
+        "machine": machine(),
+        "versions": versions("invman"),
+    }
     lines = [
-        f"One thread, {arguments.seconds:g} s of wall time a fit; log loss of the posterior on 2,000 fresh simulations.",
+        f"One thread, {arguments.seconds:g} s of wall time a fit; posterior log loss on 2,000 fresh simulations.",
         "",
         "| problem | variant | −log q(θ given x) | held-out loss a cell, all kinds of query | learning rate | steps |",
         "|---|---|---|---|---|---|",

@@ -39,8 +39,7 @@ def c2st(reference: Tensor, draws: Tensor, seed: int = 1, folds: int = 5) -> flo
     """
     if reference.shape != draws.shape or reference.ndim != 2:
         raise ValueError(
-            "reference and draws must share one shape (S, D); "
-            f"found {tuple(reference.shape)} and {tuple(draws.shape)}"
+            f"reference and draws must share one shape (S, D); found {tuple(reference.shape)} and {tuple(draws.shape)}"
         )
     for name, values in (("reference", reference), ("draws", draws)):
         bad = (~values.isfinite().all(-1)).nonzero()

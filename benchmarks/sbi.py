@@ -165,9 +165,7 @@ def _timed(cell: Cell, name: str) -> Iterator[None]:
     cell[name] = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
 
 
-def measure(
-    problem: Problem, method: str, simulations: int, seed: int, fit_seconds: float | None = None
-) -> Cell:
+def measure(problem: Problem, method: str, simulations: int, seed: int, fit_seconds: float | None = None) -> Cell:
     """Fits `method` to `simulations` rows of `problem` and measures it, in this process."""
     from benchmarks.c2st import c2st
 
@@ -235,9 +233,7 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
-        )
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "threads_per_process": 1}
 
 
@@ -382,9 +378,7 @@ def _is_kept(arguments: argparse.Namespace, problem: str, method: str) -> bool:
     key = _key(problem, method, arguments.simulations, arguments.seed)
     cell = read_results(arguments.out)["cells"].get(key)
     return (
-        cell is not None
-        and cell["settings"] == _settings(arguments, method)
-        and cell["versions"] == versions(method)
+        cell is not None and cell["settings"] == _settings(arguments, method) and cell["versions"] == versions(method)
     )
 
 

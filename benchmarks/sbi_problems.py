@@ -230,9 +230,7 @@ def _slcp_log_likelihood(theta: Tensor, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------ differential equations
-def _runge_kutta(
-    field: Callable[[Tensor], Tensor], state: Tensor, gap: float, steps: int, times: int
-) -> Tensor:
+def _runge_kutta(field: Callable[[Tensor], Tensor], state: Tensor, gap: float, steps: int, times: int) -> Tensor:
     """States at ``0, gap, ..., (times - 1) gap``, ``(times, *state.shape)``, `steps` to a gap."""
     h = gap / steps
     path = [state]

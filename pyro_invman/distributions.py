@@ -168,13 +168,9 @@ class ConditionalFlow(TorchDistribution):
                 return self.sample(torch.Size((_QUASI_DRAWS,)))
             weights = self.density.out.weight
             points = (
-                torch.quasirandom.SobolEngine(len(self.columns), scramble=True, seed=0)
-                .draw(_QUASI_DRAWS)
-                .to(weights)
+                torch.quasirandom.SobolEngine(len(self.columns), scramble=True, seed=0).draw(_QUASI_DRAWS).to(weights)
             )
-            points = points.clamp(1e-6, 1 - 1e-6).reshape(
-                _QUASI_DRAWS, *[1] * len(self.batch_shape), len(self.columns)
-            )
+            points = points.clamp(1e-6, 1 - 1e-6).reshape(_QUASI_DRAWS, *[1] * len(self.batch_shape), len(self.columns))
             return self._draw(
                 torch.Size((_QUASI_DRAWS, *self.batch_shape)),
                 points.expand(_QUASI_DRAWS, *self.batch_shape, -1),
@@ -202,9 +198,7 @@ def _any(mask: Tensor) -> bool:
     return bool(mask.any())
 
 
-def stack_given(
-    variables: Variables, given: dict[str, Any] | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The row (*batch_shape, D) in natural units that holds the given cells, NaN elsewhere.
 
     Raises:
@@ -231,9 +225,7 @@ def stack_given(
     for cell in cells.values():
         dtype = torch.promote_types(dtype, cell.dtype)
     absent = torch.full(shape, math.nan, dtype=dtype)
-    return torch.stack(
-        [cells[c].to(dtype).expand(shape) if c in cells else absent for c in range(len(variables))], -1
-    )
+    return torch.stack([cells[c].to(dtype).expand(shape) if c in cells else absent for c in range(len(variables))], -1)
 
 
 def _code(variable: Any, value: Any) -> Any:

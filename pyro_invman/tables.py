@@ -156,39 +156,39 @@ def _not_a_number(name: str, values: np.ndarray, missing: np.ndarray) -> DataErr
     return DataError(f"{name}, row {row}: found {what} {found!r}, expected a number; {todo}")
 
 
-def names(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Cells (N,) as positions in a list of distinct names, −1 where blank, and that list.
 
     A whole number is named as an integer, all else as it is written.
     """
-    codes, uniques = pd.factorize(values.astype(object) if values.dtype.kind in "UST" else values)
+    found_at, uniques = pd.factorize(values.astype(object) if values.dtype.kind in "UST" else values)
     whole = [isinstance(each, float | np.floating) and float(each).is_integer() for each in uniques]
     found = [str(int(each)) if is_whole else str(each) for each, is_whole in zip(uniques, whole, strict=True)]
     distinct = list(dict.fromkeys(name for name in found if name.strip()))
     place = {name: position for position, name in enumerate(distinct)}
     lookup = np.array([*(place.get(name, -1) for name in found), -1])
-    return lookup[codes], distinct
+    return lookup[found_at], distinct
 
 
 def codes(name: str, values: np.ndarray, levels: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
     """Names of levels (N,) as codes with NaN, and the levels: by default those that occur, sorted."""
-    numbers, found = names(values)
+    positions, found = _distinct(values)
     alike: dict[str, str] = {}
     for each in found:
         twin = alike.setdefault(each.strip(), each)
         if twin != each:
-            row = int((numbers == found.index(each)).argmax())
+            row = int((positions == found.index(each)).argmax())
             difference = f"found {each!r}, which differs from {twin!r} by blanks only"
             raise DataError(f"{name}, row {row}: {difference}, expected one spelling; mend the cell")
     if levels is None:
         levels = sorted(found, key=float) if values.dtype.kind in "fiu" else sorted(found)
     place = {level: code for code, level in enumerate(levels)}
-    for number, each in enumerate(found):
+    for position, each in enumerate(found):
         if each not in place:
-            row = int((numbers == number).argmax())
+            row = int((positions == position).argmax())
             raise DataError(f"{name}, row {row}: found category {each!r}, not seen before; {suggest(each, levels)}")
     lookup = np.array([*(place[each] for each in found), np.nan])
-    return lookup[numbers], list(levels)
+    return lookup[positions], list(levels)
 
 
 def check_codes(name: str, values: np.ndarray, levels: Sequence[str]) -> np.ndarray:
@@ -204,12 +204,12 @@ def check_codes(name: str, values: np.ndarray, levels: Sequence[str]) -> np.ndar
 
 def labels(name: str, values: np.ndarray) -> np.ndarray:
     """Cells (N,) of a task or source as text, none of them blank."""
-    numbers, found = names(values)
-    blank = numbers < 0
+    positions, found = _distinct(values)
+    blank = positions < 0
     if blank.any():
         row = int(blank.argmax())
         raise DataError(f"{name}, row {row}: found a blank cell, expected the name of the {name}; fill it in")
-    return np.array([*found, ""], dtype=object)[numbers]
+    return np.array([*found, ""], dtype=object)[positions]
 
 
 def check_support(variable: Variable, cells: np.ndarray) -> None:

@@ -22,34 +22,53 @@ from pyro_invman.variables import DataError
 
 
 class Schedule(NamedTuple):
-    r"""How a network is trained: hidden (square) matrices by Muon, which orthogonalises their updates, the rest by AdamW.
+    r"""How a network is trained: hidden (square) matrices by Muon, which orthogonalises their updates, the rest
+    by AdamW.
 
-    The learning rate rises over `warmup` steps and falls as a cosine over `steps` (see `steps_for`; or over the time allowed, where
-    that ends first). Every `evaluate_every` steps the running mean of the weights is scored on held-out rows; after
+    The learning rate rises over `warmup` steps and falls as a cosine over `steps`, or over the time allowed where that
+    ends first. Every `evaluate_every` steps the running mean of the weights is scored on held-out rows; after
     `patience` scores without improvement training ends, and the best weights are kept.
+
+    What is None is chosen by the number of rows N (see `for_rows`): batches of N/4 rows, between 32 and 384; 2 N
+    steps, between 600 and 12,000, a tenth of them (at most 200) to warm up; an evaluation about every 5 epochs, at
+    most every 200 steps; a rate of 0.01 at batches of 384, falling with the square root of their size.
 
     References:
         Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024.
         Loshchilov & Hutter, *Decoupled weight decay regularization*, ICLR 2019.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     weight_decay: float = 1e-2
-    batch_size: int = 384
+    batch_size: int | None = None
     steps: int | None = None
-    warmup: int = 200
-    evaluate_every: int = 200
+    warmup: int | None = None
+    evaluate_every: int | None = None
     patience: int = 12
     averaging: float = 0.998
     clip: float = 5.0
 
-    def steps_for(self, num_rows: int) -> int:
-        r"""`steps`, or by default :math:`120 \sqrt N`, at least 1,500 and at most 12,000."""
-        return (
-            self.steps
-            if self.steps is not None
-            else round(min(max(120 * math.sqrt(num_rows), 1_500), 12_000))
+    def for_rows(self, num_rows: int) -> Plan:
+        """The schedule with every choice made for `num_rows` rows."""
+        batch = min(self.batch_size or min(max(num_rows // 4, 32), 384), num_rows)
+        steps = self.steps if self.steps is not None else min(max(2 * num_rows, 600), 12_000)
+        return Plan(
+            learning_rate=self.learning_rate or 1e-2 * math.sqrt(batch / 384),
+            batch_size=batch,
+            steps=steps,
+            warmup=max(1, min(200, steps // 10)) if self.warmup is None else max(1, self.warmup),
+            evaluate_every=self.evaluate_every or min(max(round(5 * num_rows / batch), 20), 200),
         )
+
+
+class Plan(NamedTuple):
+    """What a schedule comes to for a given number of rows."""
+
+    learning_rate: float
+    batch_size: int
+    steps: int
+    warmup: int
+    evaluate_every: int
 
 
 class Record(NamedTuple):
@@ -65,7 +84,7 @@ class Record(NamedTuple):
 class _State:
     """All that a run is: what is saved, and what a resumed run goes on from."""
 
-    def __init__(self, module: nn.Module, schedule: Schedule, seed: int) -> None:
+    def __init__(self, module: nn.Module, rate: float, decay: float, seed: int) -> None:
         self.module = module
         self.average = copy.deepcopy(module)
         self.best = {name: value.clone() for name, value in module.state_dict().items()}
@@ -75,12 +94,9 @@ class _State:
         ]
         square = [p for p in self.trained if p.ndim == 2 and p.shape[0] == p.shape[1]]
         rest = [p for p in self.trained if not (p.ndim == 2 and p.shape[0] == p.shape[1])]
-        rate, decay = schedule.learning_rate, schedule.weight_decay
         self.optimizers: list[torch.optim.Optimizer] = []
         if rest:
-            self.optimizers.append(
-                torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-            )
+            self.optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True))
         if square:
             self.optimizers.append(
                 torch.optim.Muon(square, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
@@ -101,9 +117,7 @@ class _State:
             tensors |= {f"{prefix}/{name}": value for name, value in state.items()}
         for which, optimizer in enumerate(self.optimizers):
             for i, moments in optimizer.state_dict()["state"].items():
-                tensors |= {
-                    f"optimizer/{which}/{i}/{name}": torch.as_tensor(value) for name, value in moments.items()
-                }
+                tensors |= {f"optimizer/{which}/{i}/{name}": torch.as_tensor(value) for name, value in moments.items()}
         scalars = {
             "step": self.step,
             "stale": self.stale,
@@ -123,9 +137,7 @@ class _State:
                 scalars = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise DataError(
-                f"checkpoint {path}: cannot be read ({error}); delete it to start anew"
-            ) from error
+            raise DataError(f"checkpoint {path}: cannot be read ({error}); delete it to start anew") from error
         if scalars.pop("fingerprint") != fingerprint:
             raise DataError(
                 f"checkpoint {path} belongs to other data, settings or seed than this fit; resume with those it was "
@@ -145,9 +157,7 @@ class _State:
         self.average.load_state_dict(states["average"])
         self.best = states["best"]
         for optimizer, moment_of in zip(self.optimizers, moments, strict=True):
-            optimizer.load_state_dict(
-                {"state": moment_of, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
+            optimizer.load_state_dict({"state": moment_of, "param_groups": optimizer.state_dict()["param_groups"]})
         self.history = [Record(*line) for line in scalars.pop("history")]
         for name, value in scalars.items():
             setattr(self, name, value)
@@ -191,39 +201,38 @@ def train(
         resume: go on from `checkpoint` where it exists; otherwise it is overwritten.
         fingerprint: what data and settings the run belongs to; a checkpoint with another one is refused.
     """
-    state = _State(module, schedule, seed)
+    plan = schedule.for_rows(num_rows)
+    state = _State(module, plan.learning_rate, schedule.weight_decay, seed)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and resume and path.exists():
         state.load(path, fingerprint)
     began = time.monotonic() - state.seconds
     if not state.history:
         _evaluate(state, validate, math.nan, 0.0, began)
-    steps = schedule.steps_for(num_rows)
     bar = tqdm(
-        total=steps,
+        total=plan.steps,
         initial=state.step,
         disable=None if progress else True,
         file=sys.stderr,
         unit="step",
         leave=False,
     )
-    batch = min(schedule.batch_size, num_rows)
-    while state.step < steps and state.stale < schedule.patience:
-        spent = state.step / steps
+    while state.step < plan.steps and state.stale < schedule.patience:
+        spent = state.step / plan.steps
         if max_seconds is not None:
             elapsed = time.monotonic() - began
             if elapsed >= max_seconds:
                 break
             spent = max(spent, elapsed / max_seconds)
         rate = (
-            schedule.learning_rate
-            * min(1.0, (state.step + 1) / schedule.warmup)
+            plan.learning_rate
+            * min(1.0, (state.step + 1) / plan.warmup)
             * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
         )
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        rows = torch.randint(num_rows, (batch,), generator=state.generator)
+        rows = torch.randint(num_rows, (plan.batch_size,), generator=state.generator)
         value = loss(module, rows, state.generator)
         for optimizer in state.optimizers:
             optimizer.zero_grad()
@@ -237,7 +246,7 @@ def train(
             keep = min(schedule.averaging, (state.step + 1) / (state.step + 10))
             torch._foreach_lerp_(state.averaged, state.trained, 1 - keep)
         bar.update()
-        if state.step % schedule.evaluate_every == 0 or state.step == steps:
+        if state.step % plan.evaluate_every == 0 or state.step == plan.steps:
             _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
             state.running = []
             bar.set_postfix(held_out=f"{state.best_loss:.3f}")

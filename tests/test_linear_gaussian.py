@@ -178,9 +178,7 @@ def test_cells_missing_at_random_depend_on_the_driver_alone(process, driver):
         (lambda p: LinearGaussian(p.variables, torch.zeros(5), -torch.eye(5)), "positive definite"),
         (lambda p: LinearGaussian(p.variables, torch.zeros(4), torch.eye(4)), "shapes"),
         (
-            lambda p: LinearGaussian(
-                Variables([Variable("t", "parameter", "positive")]), torch.zeros(1), torch.eye(1)
-            ),
+            lambda p: LinearGaussian(Variables([Variable("t", "parameter", "positive")]), torch.zeros(1), torch.eye(1)),
             "t has support positive",
         ),
     ],

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pyro
@@ -11,6 +13,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from scipy import integrate, optimize
 
+from pyro_invman import simulators
 from pyro_invman.data import to_tensor, validate, variables_of
 from pyro_invman.simulators import eagar_tsai, melt_pool
 from pyro_invman.variables import DataError
@@ -166,7 +169,7 @@ def test_isotherm_of_a_batch_is_that_of_each_row_and_zero_or_nan_where_there_is_
 def test_isotherm_has_the_gradients_of_finite_differences():
     peclet = tensor(0.05, 0.3, 1.0, 4.0, 8.0).requires_grad_()
     level = tensor(0.3, 0.4, 0.05, 0.02, 0.06).requires_grad_()
-    assert torch.autograd.gradcheck(eagar_tsai.isotherm, (peclet, level), eps=1e-6, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradcheck(eagar_tsai.isotherm, (peclet, level), eps=1e-6, atol=1e-5, rtol=5e-4)
 
 
 # ------------------------------------------------------------------------------------------------ melt pool
@@ -177,9 +180,7 @@ def test_fast_thin_tracks_have_the_closed_form_dimensions_in_si_units():
     width = math.sqrt(8 * absorptivity * 300.0 / (math.pi * math.e * rho * cp * 0.9 * rise))
     assert pool.width_um.item() == pytest.approx(1e6 * width, rel=1e-4)
     assert pool.depth_um.item() == pytest.approx(0.5e6 * width, rel=1e-4)
-    assert pool.length_um.item() == pytest.approx(
-        1e6 * absorptivity * 300.0 / (2 * math.pi * k * rise), rel=1e-4
-    )
+    assert pool.length_um.item() == pytest.approx(1e6 * absorptivity * 300.0 / (2 * math.pi * k * rise), rel=1e-4)
 
 
 def test_full_model_tends_to_the_analytic_one_for_a_small_beam_and_no_keyhole(monkeypatch):
@@ -234,9 +235,7 @@ def test_conduction_aspect_is_one_half_for_a_pool_larger_than_the_beam():
 def test_keyhole_number_follows_the_peak_temperature_from_slow_to_fast():
     speed = 10 ** torch.linspace(0.0, 4.0, 60, dtype=F64)
     for rho, cp, k, tmelt, absorptivity in (STEEL, melt_pool.ALLOYS["AlSi10Mg"]):
-        columns = torch.broadcast_tensors(
-            *map(torch.as_tensor, (200.0, speed, 80.0, 40.0, absorptivity, 0.0))
-        )
+        columns = torch.broadcast_tensors(*map(torch.as_tensor, (200.0, speed, 80.0, 40.0, absorptivity, 0.0)))
         names = ("power_W", "speed_mm_s", "beam_um", "layer_um", "absorptivity", "beam_offset_um")
         values = dict(zip(names, columns, strict=True)) | {"rho_kg_m3": rho, "cp_J_kgK": cp, "k_W_mK": k}
         track = melt_pool._track(values | {"tmelt_K": torch.tensor(tmelt)})
@@ -265,9 +264,7 @@ def test_common_settings_give_pools_of_published_size(alloy, power, speed, beam,
     assert pool.length_um > pool.width_um
 
 
-@pytest.mark.parametrize(
-    "depth, width", [(60.0, 90.0), (25.0, 120.0), (45.0, 82.0), (80.0, 60.0), (30.0, 70.0)]
-)
+@pytest.mark.parametrize("depth, width", [(60.0, 90.0), (25.0, 120.0), (45.0, 82.0), (80.0, 60.0), (30.0, 70.0)])
 def test_lack_of_fusion_is_the_area_that_no_ellipse_covers(depth, width):
     layer, hatch = 40.0, melt_pool.HATCH_UM
     y, z = torch.meshgrid(
@@ -319,9 +316,7 @@ def test_gradients_are_those_of_finite_differences_and_finite_where_nothing_melt
 def test_gradients_are_finite_over_the_whole_table(truth):
     inputs = {name: truth[0][name].clone().requires_grad_() for name in NAMES[:10]}
     for size in melt_pool.forward(**inputs):
-        for gradient in torch.autograd.grad(
-            size.sum(), inputs.values(), retain_graph=True, materialize_grads=True
-        ):
+        for gradient in torch.autograd.grad(size.sum(), inputs.values(), retain_graph=True, materialize_grads=True):
             assert gradient.isfinite().all()
 
 
@@ -332,6 +327,16 @@ def test_forward_broadcasts_keeps_the_type_and_passes_nan_through():
         assert size.shape == (2, 3) and size.dtype == torch.float32
         assert size[0].isfinite().all() and size[1].isnan().all()
     assert melt_pool.forward(100.0, 500.0, 80.0, 40.0, *STEEL).depth_um.dtype == F64
+    assert melt_pool.forward(torch.tensor(100), 500.0, 80.0, 40.0, *STEEL).depth_um.dtype == F64
+
+
+def test_simulators_are_found_by_name_and_imported_when_asked_for():
+    code = "import sys, pyro_invman.simulators; print([m for m in sys.modules if 'simulators.' in m])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    assert simulators.melt_pool is melt_pool and dir(simulators) == ["linear_gaussian", "melt_pool"]
+    with pytest.raises(AttributeError, match="no attribute 'weather'"):
+        simulators.weather  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -371,9 +376,7 @@ def test_nuts_finds_the_hidden_truth_from_widths_and_depths():
         pyro.sample("sizes", dist.Normal(log_sizes(absorptivity), scale).to_event(2), obs=data)
 
     grid = torch.linspace(0.1, 0.9, 2001, dtype=F64)
-    log_posterior = (
-        dist.Normal(log_sizes(grid).movedim(-1, 0).movedim(0, -1), scale).log_prob(data).sum((-2, -1))
-    )
+    log_posterior = dist.Normal(log_sizes(grid).movedim(-1, 0).movedim(0, -1), scale).log_prob(data).sum((-2, -1))
     weight = log_posterior.softmax(0)
     mean = (weight * grid).sum()
     sd = (weight * (grid - mean).square()).sum().sqrt()
@@ -436,9 +439,7 @@ def test_tasks_are_constant_in_properties_and_hidden_truths_revealed_in_a_share_
 
 def test_cells_are_missing_as_in_practice():
     ds = melt_pool.simulate(50, 100, seed=6, sources=("experiment", "analytic"))
-    seen = {
-        name: ~np.isnan(ds[name].values) for name in ("depth_um", "width_um", "length_um", "porosity_pct")
-    }
+    seen = {name: ~np.isnan(ds[name].values) for name in ("depth_um", "width_um", "length_um", "porosity_pct")}
     experiment = ds["source"].values == "experiment"
     depth, width, length, porosity = (seen[name][experiment] for name in seen)
     assert not (depth & length).any()  # a section destroys what a view from above would show

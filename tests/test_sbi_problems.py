@@ -60,9 +60,7 @@ class TestEveryProblem:
             assert variable.resolution == support.resolution
         assert torch.equal(to_tensor(ds, variables), torch.cat([theta, x], -1).double())
 
-    def test_the_same_seed_gives_the_same_rows_and_leaves_the_global_generator_alone(
-        self, problem: Problem
-    ) -> None:
+    def test_the_same_seed_gives_the_same_rows_and_leaves_the_global_generator_alone(self, problem: Problem) -> None:
         before = torch.random.get_rng_state()
         first, again, other = (problem.simulate(20, seed) for seed in (0, 0, 1))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -214,9 +212,7 @@ class TestReferencePosteriors:
             assert ((mean - theirs.mean(0)).abs() < 5 * error).all()
 
     @pytest.mark.parametrize("name", PROBLEMS)
-    def test_observation_is_as_likely_as_simulations_at_its_true_parameters(
-        self, name: str, observation: int
-    ) -> None:
+    def test_observation_is_as_likely_as_simulations_at_its_true_parameters(self, name: str, observation: int) -> None:
         """Its log-likelihood lies within what 400 simulations at the same parameters reach."""
         problem = PROBLEMS[name]
         x, theta, _ = problem.reference(observation)

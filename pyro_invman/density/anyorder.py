@@ -27,7 +27,7 @@ from pyro_invman.density.univariate import Mixture, Spline
 
 
 class Parameters(NamedTuple):
-    """Raw parameters of continuous heads (..., T, P), the base's mean and scale (..., T), logits of categorical ones."""
+    """Raw parameters of continuous heads (..., T, P), the base's mean and scale (..., T), categorical logits."""
 
     raw: Tensor
     mean: Tensor
@@ -172,7 +172,10 @@ class AnyOrderFlow(nn.Module):
         column = torch.full(shape, target, dtype=torch.long, device=row.device)
         raw, mean, scale, logits = self.parameters_of(row, known, column.unsqueeze(-1))
         return Parameters(
-            raw.squeeze(-2), mean.squeeze(-1), scale.squeeze(-1), None if logits is None else logits.squeeze(-2)
+            raw.squeeze(-2),
+            mean.squeeze(-1),
+            scale.squeeze(-1),
+            None if logits is None else logits.squeeze(-2),
         ), column
 
     @property

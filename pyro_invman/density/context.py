@@ -48,7 +48,8 @@ class Context(nn.Module):
     """Known cells to what a network reads.
 
     A known cell shows as its value, its normal score (so that a skewed or heavy-tailed column is readable at both
-    ends), its leave-one-out residual under the Gaussian base, and a flag. A categorical column is one indicator a level.
+    ends), its leave-one-out residual under the Gaussian base, and a flag. A categorical column is one indicator for
+    each level.
     """
 
     categorical: Tensor

@@ -71,8 +71,7 @@ class GaussianBase(nn.Module):
         floor = self.ridge * variance.clamp_min(1e-12)
         covariance = torch.diag(variance.clamp_min(1e-12) + floor)
         complete = bool(observed.all())
-        iteration = 0
-        for iteration in range(1, max_iterations + 1):
+        for iteration in range(max_iterations):
             first, second = torch.zeros_like(mean), torch.zeros_like(covariance)
             for rows in range(0, len(values), chunk):
                 v, o = filled[rows : rows + chunk], observed[rows : rows + chunk]
@@ -94,7 +93,7 @@ class GaussianBase(nn.Module):
                 break
         self.mean.copy_(mean)
         self.covariance.copy_(covariance)
-        return iteration
+        return iteration + 1
 
     @torch.no_grad()
     def exchange(self, members: Tensor) -> None:

@@ -290,9 +290,7 @@ class HierarchicalLinearGaussian:
             rows: What is known of the task already, (..., K, D).
         """
         if measured.dtype != torch.bool:
-            raise DataError(
-                f"measured has type {measured.dtype}; expected torch.bool, True for observed cells"
-            )
+            raise DataError(f"measured has type {measured.dtype}; expected torch.bool, True for observed cells")
         prior = torch.eye(self.latent_dim, dtype=torch.float64)
         before = prior if rows is None else self._evidence(rows)[0]
         after = before + self._evidence(torch.where(measured, self.mean, math.nan))[0] - prior
@@ -312,7 +310,10 @@ class HierarchicalLinearGaussian:
         mechanism: str = "completely_at_random",
         driver: str | None = None,
     ) -> xr.Dataset:
-        """Rows of T tasks, with coordinate `task`; the other arguments are as in `LinearGaussian.sample`."""
+        """Rows of T tasks, with coordinate `task`; the other arguments are as in `LinearGaussian.sample`.
+
+        `to_tensor(ds, process.variables).reshape(T, K, D)` has the shape that the other methods take.
+        """
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(num_tasks, self.latent_dim, dtype=torch.float64, generator=generator)
         mean = (self.mean + latent @ self.loading.mT).unsqueeze(1)

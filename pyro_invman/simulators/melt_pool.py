@@ -126,14 +126,13 @@ def forward(
     r"""Melt pool without noise, differentiable (once) in every argument.
 
     An experiment records each of these times `exp(NOISE[name] * e)`, with e standard normal. The source
-    "analytic" is cheap and biased: a point source at high speed after Rosenthal, with neither beam nor
-    keyhole,
+    "analytic" is cheap and biased: a point source at high speed after Rosenthal, without beam or keyhole,
 
     .. math::
         W = 2 D = \sqrt{\frac{8 A P}{\pi e \rho c v (T_m - T_0)}}, \qquad L = \frac{A P}{2 \pi k (T_m - T_0)}
 
     Where nothing melts, the dimensions come out as `RESOLUTION_UM`. Computed in float64 and returned in the
-    widest type of the arguments.
+    widest floating type of the tensors among the arguments, float64 if there is none.
 
     Arguments:
         power_W, speed_mm_s, beam_um, layer_um: Laser power, speed, beam diameter (1/e^2) and layer thickness;
@@ -157,7 +156,7 @@ def forward(
     given |= {"absorptivity": absorptivity, "beam_offset_um": beam_offset_um}
     if source not in SOURCES:
         raise DataError(f"source is {source!r}; expected one of {', '.join(SOURCES)}")
-    types = [value.dtype for value in given.values() if isinstance(value, Tensor)]
+    types = [value.dtype for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
     rows = torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in given.values()))
     values = dict(zip(given, rows, strict=True))
     _check(values)
@@ -229,9 +228,7 @@ def _melt(track: _Track, source: str) -> MeltPool:
         keyhole, pores = 0.4 * track.radius * _hinge(ke - 1.4), 0.25 * _hinge(ke - 6)
         depth = ((pool.depth * waist) ** 4 + keyhole**4) ** 0.25
         width, length = pool.width * waist, pool.length * waist
-    depth, width, length = (
-        ((1e6 * size).square() + RESOLUTION_UM**2).sqrt() for size in (depth, width, length)
-    )
+    depth, width, length = (((1e6 * size).square() + RESOLUTION_UM**2).sqrt() for size in (depth, width, length))
     porosity = _POROSITY_FLOOR + pores + _unmelted(1e6 * track.layer, depth, width)
     return MeltPool(depth, width, length, porosity)
 
@@ -272,8 +269,7 @@ def simulate(
     layer. The analytic source records depth, width and length; its absorptivity comes from calorimetry, with
     an error of its own in each row.
 
-    The same seed gives the same tracks whatever is hidden: `missing=False, reveal_hidden=1.0` shows the
-        truth.
+    The same seed gives the same tracks whatever is hidden; `missing=False, reveal_hidden=1.0` shows it all.
 
     Arguments:
         num_tasks: Number of tasks T.
@@ -305,9 +301,7 @@ def simulate(
     left_out = dict.fromkeys(_HIDDEN, hidden)
     for name in ("beam_um", "layer_um"):
         left_out[name] = _some(num_tasks, _SETTING_UNREPORTED, generator) & missing
-    seeds = dict(
-        zip(SOURCES, torch.randint(2**62, (len(SOURCES),), generator=generator).tolist(), strict=True)
-    )
+    seeds = dict(zip(SOURCES, torch.randint(2**62, (len(SOURCES),), generator=generator).tolist(), strict=True))
     parts = [_draw_rows(task, rows_per_task, source, seeds[source], missing) for source in sources]
     columns = {name: torch.cat([cells[name] for cells in parts], -1) for name in VARIABLES.names}
     columns |= {name: columns[name].masked_fill(tasks, math.nan) for name, tasks in left_out.items()}
@@ -368,9 +362,7 @@ def _draw_rows(
     return settings | known | dict(zip(NOISE, sizes, strict=True))
 
 
-def _draw_settings(
-    task: Mapping[str, Tensor], shape: tuple[int, int], generator: torch.Generator
-) -> dict[str, Tensor]:
+def _draw_settings(task: Mapping[str, Tensor], shape: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     """Settings (T, rows), drawn anew where a track of nominal absorptivity would not melt or would drill."""
     fixed = {name: task[name].expand(shape) for name in _PROPERTIES}
     fixed |= {"absorptivity": task["nominal"], "beam_offset_um": torch.zeros(())}
