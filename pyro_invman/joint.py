@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,6 @@ from pyro_invman.variables import ROLES, DataError, Standardization, Variable, V
 if TYPE_CHECKING:
     import xarray as xr
 
-_log = logging.getLogger(__name__)
 _FORMAT = 1
 _TARGETS_A_ROW = 3
 
@@ -168,16 +167,15 @@ class JointFlow(PyroModule):
         dtype = self.density.dtype
         working = self.standardization(training_rows).to(dtype)
         checked = self.standardization(validation_rows).to(dtype)
-        rounding = torch.tensor([v.resolution for v in self.variables], dtype=values.dtype)
-        rounded = bool((rounding > 0).any())
+        rounded = any(v.resolution > 0 for v in self.variables)
 
         def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
             order = self._shuffle(len(rows), generator)
             batch = working[rows].gather(1, order)
             answers = batch
             if rounded:
-                spread = (torch.rand(batch.shape, generator=generator, dtype=values.dtype) - 0.5) * rounding
-                answers = self.standardization(training_rows[rows].gather(1, order) + spread).to(dtype)
+                answers = _unrounded(training_rows[rows].gather(1, order), self.variables, generator)
+                answers = self.standardization(answers).to(dtype)
             return _loss(module, batch, answers, queries, self._roles, generator)
 
         # the same held-out questions at every evaluation, several a row where rows are few
@@ -358,6 +356,18 @@ def _loss(
     right = torch.where(asked, answers.gather(1, targets), 0.0)
     scores = module.cell_log_prob(batch.nan_to_num(0.0), known, targets, right)  # type: ignore[operator]
     return -torch.where(asked, scores, 0.0).sum() / asked.sum().clamp_min(1)
+
+
+def _unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:
+    """Cells (B, D) drawn anew, uniformly among the values that would have been recorded as they were."""
+    half = values.new_tensor([v.resolution / 2 for v in variables])
+    least = values.new_tensor([-math.inf if v.lower is None else v.lower for v in variables])
+    most = values.new_tensor([math.inf if v.upper is None else v.upper for v in variables])
+    positive = torch.tensor([v.support == "positive" for v in variables])
+    low = (values - half).maximum(least)
+    low = torch.where(positive, low.maximum(1e-3 * values), low)
+    high = (values + half).minimum(most)
+    return low + (high - low) * torch.rand(values.shape, generator=generator, dtype=values.dtype)
 
 
 def _digest(path: Path) -> str:

@@ -234,10 +234,12 @@ def train(
                 group["lr"] = rate
         rows = torch.randint(num_rows, (plan.batch_size,), generator=state.generator)
         value = loss(module, rows, state.generator)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"training: the loss became {value.item()} at step {state.step + 1}")
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(state.trained, schedule.clip, error_if_nonfinite=True)
+        nn.utils.clip_grad_norm_(state.trained, schedule.clip)
         for optimizer in state.optimizers:
             optimizer.step()
         state.step += 1

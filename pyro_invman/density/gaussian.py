@@ -56,8 +56,8 @@ class GaussianBase(nn.Module):
         return self
 
     @torch.no_grad()
-    def fit(self, values: Tensor, max_iterations: int = 200, tolerance: float = 1e-6, chunk: int = 4096) -> int:
-        """Maximum likelihood from the observed cells by expectation–maximisation; returns the iterations used.
+    def fit(self, values: Tensor, max_iterations: int = 200, tolerance: float = 1e-6, chunk: int = 4096) -> None:
+        """Maximum likelihood from the observed cells by expectation–maximisation.
 
         The estimate is right when cells are missing completely at random or at random given the observed ones
         (Dempster, Laird & Rubin 1977). `values` (N, D) holds NaN where a cell was not observed.
@@ -71,7 +71,7 @@ class GaussianBase(nn.Module):
         floor = self.ridge * variance.clamp_min(1e-12)
         covariance = torch.diag(variance.clamp_min(1e-12) + floor)
         complete = bool(observed.all())
-        for iteration in range(max_iterations):
+        for _ in range(max_iterations):
             first, second = torch.zeros_like(mean), torch.zeros_like(covariance)
             for rows in range(0, len(values), chunk):
                 v, o = filled[rows : rows + chunk], observed[rows : rows + chunk]
@@ -93,7 +93,6 @@ class GaussianBase(nn.Module):
                 break
         self.mean.copy_(mean)
         self.covariance.copy_(covariance)
-        return iteration + 1
 
     @torch.no_grad()
     def exchange(self, members: Tensor) -> None:
