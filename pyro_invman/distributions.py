@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_invman.density.anyorder import AnyOrderFlow
-from pyro_invman.variables import DataError, Standardization, Variables
+from pyro_invman.variables import DataError, Standardization, Variable, Variables
 
 _QUASI_DRAWS = 1024
 
@@ -58,19 +58,20 @@ class ConditionalFlow(TorchDistribution):
         self._chain = sorted(self.columns)
         self._to_chain = [self.columns.index(c) for c in self._chain]
         self._from_chain = [self._chain.index(c) for c in self.columns]
+        self.has_rsample = not self._discrete
         super().__init__(given.shape[:-1], torch.Size((len(self.columns),)), validate_args=validate_args)
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return not any(self.variables[c].discrete for c in self.columns)
+    def _discrete(self) -> bool:
+        return any(self.variables[c].discrete for c in self.columns)
 
     @constraints.dependent_property(event_dim=1)
     def support(self) -> constraints.Constraint:
         """The product of the targets' supports."""
         each = [self.variables[c].constraint for c in self.columns]
-        if all(type(c) is type(each[0]) for c in each) and not isinstance(each[0], constraints.interval):
+        if all(c is each[0] for c in each):
             return constraints.independent(each[0], 1)
-        return constraints.cat([constraints.independent(c, 1) for c in each], -1, [1] * len(each))
+        return constraints.independent(constraints.cat(each, -1, [1] * len(each)), 1)
 
     def _working(self) -> tuple[Tensor, Tensor]:
         weights = self.density.out.weight
@@ -88,7 +89,7 @@ class ConditionalFlow(TorchDistribution):
         jacobian = self.standardization.log_abs_det_jacobian(value, index=self._chain)
         wanted = None if not _any(missing) else ~missing
         answers = working.nan_to_num(0.0).to(given.dtype)
-        result = self.density.log_prob(given, known, self._chain, answers, wanted).to(value.dtype)
+        result = self.density.log_prob(given, known, self._chain, answers, wanted).to(jacobian.dtype)
         result = result + jacobian.masked_fill(missing, 0.0).sum(-1)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
@@ -109,7 +110,7 @@ class ConditionalFlow(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Differentiable draws (*sample_shape, *batch_shape, n): each factor's quantile at a uniform draw."""
-        if not self.has_rsample:
+        if self._discrete:
             raise NotImplementedError("rsample: a categorical target has no differentiable draw; use sample")
         shape = torch.Size(sample_shape) + self.batch_shape
         weights = self.density.out.weight
@@ -135,10 +136,12 @@ class ConditionalFlow(TorchDistribution):
             "_chain",
             "_to_chain",
             "_from_chain",
+            "has_rsample",
         ):
             setattr(new, name, getattr(self, name))
         batch_shape = torch.Size(batch_shape)
-        torch.broadcast_shapes(self.given.shape[:-1], batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+            raise ValueError(f"expand: batch_shape {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}")
         super(ConditionalFlow, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -149,10 +152,16 @@ class ConditionalFlow(TorchDistribution):
                 f"value: the last dimension has {value.shape[-1] if value.dim() else 'no'} entries, expected "
                 f"{len(self.columns)}, one for each of {list(self.targets)}"
             )
-        torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        try:
+            torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        except RuntimeError as error:
+            raise DataError(
+                f"value: shape {tuple(value.shape[:-1])} before the last dimension does not broadcast against "
+                f"batch_shape {tuple(self.batch_shape)}"
+            ) from error
         for position, column in enumerate(self.columns):
             variable, cells = self.variables[column], value[..., position]
-            bad = ~(variable.constraint.check(cells) | cells.isnan())
+            bad = ~(variable.constraint.check(cells) | cells.isnan()) | cells.isinf()
             if bool(bad.any()):
                 where = tuple(bad.nonzero()[0].tolist())
                 raise DataError(
@@ -164,7 +173,7 @@ class ConditionalFlow(TorchDistribution):
     @lazy_property
     def _quasi_draws(self) -> Tensor:
         with torch.no_grad():
-            if not self.has_rsample:
+            if self._discrete:
                 return self.sample(torch.Size((_QUASI_DRAWS,)))
             weights = self.density.out.weight
             points = (
@@ -208,7 +217,7 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
     for name, value in (given or {}).items():
         column = variables.index(name)
         variable = variables[column]
-        cell = value if isinstance(value, Tensor) else torch.as_tensor(_code(variable, value))
+        cell = value if isinstance(value, Tensor) else _cells(variable, value, dtype)
         cell = cell.to(dtype) if not cell.is_floating_point() else cell
         bad = ~(variable.constraint.check(cell) | cell.isnan()) | cell.isinf()
         if bool(bad.any()):
@@ -228,10 +237,21 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
     return torch.stack([cells[c].to(dtype).expand(shape) if c in cells else absent for c in range(len(variables))], -1)
 
 
-def _code(variable: Any, value: Any) -> Any:
+def _cells(variable: Variable, value: Any, dtype: torch.dtype) -> Tensor:
+    """Numbers, level names, sequences and arrays of them as a tensor; numbers without a dtype of their own get `dtype`."""
+    code = _code(variable, value)
+    try:
+        return torch.as_tensor(code, dtype=None if hasattr(code, "dtype") else dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"given {variable.name}: found {value!r}, expected numbers or a tensor of them") from error
+
+
+def _code(variable: Variable, value: Any) -> Any:
     """Level names of a categorical variable to codes; everything else as it is."""
     if not variable.discrete:
         return value
+    if hasattr(value, "tolist"):  # arrays of texts have no other way to a tensor
+        value = value.tolist()
     if isinstance(value, str):
         if value not in variable.levels:
             raise DataError(f"given {variable.name}: unseen level {value!r}; known: {list(variable.levels)}")

@@ -64,6 +64,7 @@ class Context(nn.Module):
     def __init__(self, layout: Layout, num_knots: int = 33) -> None:
         super().__init__()
         self.layout = layout
+        self.discrete = any(layout.levels)
         dim = len(layout.levels)
         sizes = [max(n, 1) for n in layout.levels]
         owner = [j for j, size in enumerate(sizes) for _ in range(size)]
@@ -100,6 +101,8 @@ class Context(nn.Module):
 
     def cells(self, values: Tensor) -> Tensor:
         """Working values (..., D) to the cells (..., E) of the base; NaN stays NaN."""
+        if not self.discrete:
+            return values
         spread = values[..., self.owner]
         indicator = torch.where(spread.isnan(), spread, (spread == self.level).to(values))
         return torch.where(self.categorical[self.owner], indicator, spread)
@@ -129,17 +132,20 @@ class Context(nn.Module):
     def forward(self, values: Tensor, known: Tensor) -> Seen:
         """`values` (..., D) in working coordinates, read where `known` (..., D); the two broadcast."""
         values = torch.where(known, values, 0.0)
-        cells, known_cells = self.cells(values), known[..., self.owner]
+        cells, known_cells, scores = self.cells(values), known, self.normal_scores(values)
+        if self.discrete:
+            known_cells = known[..., self.owner]
+            scores = torch.where(self.categorical[self.owner], 0.0, scores[..., self.owner])
         mean, scale = self.base.condition(cells, known_cells)
         shown = (
             cells,
-            torch.where(self.categorical[self.owner], 0.0, self.normal_scores(values)[..., self.owner]),
+            scores,
             ((cells - mean) / scale).clamp(-10, 10),
             torch.ones_like(cells),
         )
         seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (..., E, 4)
         members = [seen[..., self.first[self.columns_of(g)], :].flatten(-2) for g in range(len(self.member_sizes))]
-        return Seen(seen[..., self.single, :], members, mean, scale)
+        return Seen(seen[..., self.single, :] if members else seen, members, mean, scale)
 
     def own(self, members: list[Tensor], targets: Tensor) -> list[Tensor]:
         """The known cells of the member that each target (..., T) is of, group by group; zero for one in no group."""

@@ -35,6 +35,22 @@ def _log_interval_mass(low: Tensor, high: Tensor) -> Tensor:
     return log_b + torch.log(-torch.expm1((log_a - log_b).clamp_max(-1e-7)))
 
 
+def _normal_cdf(z: Tensor) -> Tensor:
+    """Φ(z), accurate in the left tail too, where `torch.special.ndtr` is 0 from −8.3 on (−5.5 in single precision)."""
+    return 0.5 * torch.special.erfc(-z / math.sqrt(2))
+
+
+def _normal_quantile(log_probability: Tensor) -> Tensor:
+    """z where log Φ(z) is given, accurate in the left tail too."""
+    deep = log_probability < -8
+    # log Φ is concave, so that Newton's method from the left of the root climbs to it
+    z = -(-2 * log_probability.clamp_max(-8)).sqrt()
+    for _ in range(4):
+        log_cdf = torch.special.log_ndtr(z)
+        z = z - (log_cdf - log_probability) * (log_cdf + 0.5 * z.square() + _LOG_SQRT_2PI).exp()
+    return torch.where(deep, z, torch.special.ndtri(log_probability.exp()))
+
+
 class Mixture:
     r"""A mixture of K normals, each truncated to ``(lower, upper)``:
 
@@ -77,7 +93,7 @@ class Mixture:
         """Distribution function (...,)."""
         z = (value.unsqueeze(-1) - self.loc) / self.scale
         if self.ends is None:
-            return (self.log_weights.exp() * torch.special.ndtr(z)).sum(-1)
+            return (self.log_weights.exp() * _normal_cdf(z)).sum(-1)
         inside = (value > self.ends[0]) & (value < self.ends[1])
         safe = torch.where(inside.unsqueeze(-1), z.clamp(-_FAR, _FAR), self._high)
         below = (self.log_weights + _log_interval_mass(self._low, safe) - self._log_mass).exp().sum(-1).clamp_max(1.0)
@@ -87,11 +103,12 @@ class Mixture:
         """Quantile (...,), found by bisection; its gradient is that of the implicit function
         :math:`\\partial v = (\\partial u - \\partial F) / p(v)`."""
         with torch.no_grad():
-            reach = 12.0 + torch.zeros_like(self.loc)
-            low = (self.loc - reach * self.scale).amin(-1)
-            high = (self.loc + reach * self.scale).amax(-1)
+            nearest = self.loc
             if self.ends is not None:
-                low, high = low.clamp(*self.ends), high.clamp(*self.ends)
+                nearest = nearest.maximum(self.ends[0].unsqueeze(-1)).minimum(self.ends[1].unsqueeze(-1))
+            low, high = (nearest - 12.0 * self.scale).amin(-1), (nearest + 12.0 * self.scale).amax(-1)
+            if self.ends is not None:
+                low, high = low.maximum(self.ends[0]), high.minimum(self.ends[1])
             low, high = (end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high))
             for _ in range(60 if probability.dtype == torch.float64 else 34):
                 middle = (low + high) / 2
@@ -101,7 +118,8 @@ class Mixture:
         if not torch.is_grad_enabled():
             return value
         density = self.log_prob(value.detach()).detach().exp()
-        return value + (probability - self.cdf(value)) / density.clamp_min(1e-30)
+        change = (probability - self.cdf(value)) / density.clamp_min(1e-30)
+        return value + (change - change.detach())  # the value stays within the support, only the gradient is added
 
     def sample(self, generator: torch.Generator | None = None, shape: torch.Size | None = None) -> Tensor:
         """Draws of `shape`, to which the batch shape must broadcast (default: one a batch element); no gradient."""
@@ -124,11 +142,12 @@ class Mixture:
             if self.ends is None:
                 return loc + scale * torch.randn(size, dtype=like.dtype, device=like.device, generator=generator)
             low, high = pick(self._low), pick(self._high)
-            flip = low > 0
+            flip = low > 0  # in the left tail log Φ is accurate
             low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
-            below, above = torch.special.ndtr(low), torch.special.ndtr(high)
-            z = torch.special.ndtri(below + (above - below) * uniform())
-            value = loc + scale * torch.where(flip, -z, z).clamp(-9.0, 9.0)
+            below, above = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+            share = uniform().clamp_min(torch.finfo(like.dtype).eps / 4)
+            z = _normal_quantile(above + torch.log(share + (1 - share) * (below - above).exp()))
+            value = loc + scale * torch.where(flip, -z, z)
             return value.clamp(*self.ends)
 
 
@@ -201,7 +220,8 @@ class Spline:
     def _forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """g(r) and log g'(r) − log s."""
         r = (value - self.loc) / self.scale
-        inside = r.abs() < self.reach
+        r = torch.where(self.bounded, r.clamp(-self.reach, self.reach), r)  # rounding may put an end outside
+        inside = r.abs() <= self.reach
         safe = torch.where(inside, r, 0.0)
         x0, w, y0, h, d0, d1 = self._bin(self.x, safe)
         t, slope = (safe - x0) / w, h / w
@@ -227,7 +247,7 @@ class Spline:
         """Distribution function (...,)."""
         g, _ = self._forward(value)
         uniform = ((g + self.reach) / (2 * self.reach)).clamp(0.0, 1.0)
-        return torch.where(self.bounded, uniform, torch.special.ndtr(g))
+        return torch.where(self.bounded, uniform, _normal_cdf(g))
 
     def icdf(self, probability: Tensor) -> Tensor:
         """Quantile (...,), in closed form."""
