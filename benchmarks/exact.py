@@ -204,7 +204,10 @@ def table(results: dict[str, Any]) -> str:
     ) + " |")  # fmt: skip
     where = {name: str(value) for name, value in results["versions"].items()}
     where["machine"] = f"{results['machine']['cpu']}, {results['machine']['cores']} cores"
-    lines += ["", "Bars are for cells missing completely at random; that of total probability is for the largest error."]
+    lines += [
+        "",
+        "Bars are for cells missing completely at random; that of total probability is for the largest error.",
+    ]
     lines += ["", "Measured with: " + "; ".join(f"{name} {value}" for name, value in sorted(where.items())) + "."]
     return "\n".join(lines) + "\n"
 

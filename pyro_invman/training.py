@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
     """
 
     learning_rate: float | None = None
-    weight_decay: float = 1e-2
+    weight_decay: float = 8e-2
     batch_size: int | None = None
     steps: int | None = None
     warmup: int | None = None

@@ -61,7 +61,7 @@ class AnyOrderFlow(nn.Module):
         layout: Layout,
         width: int = 128,
         backbone: str = "mlp",
-        trunk_blocks: int = 3,
+        trunk_blocks: int = 2,
         head_blocks: int = 1,
         head: str = "mixture",
         components: int = 16,

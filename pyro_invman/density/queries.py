@@ -23,11 +23,11 @@ class QueryMix(NamedTuple):
     `uniform`: each cell given with a rate that is itself uniform. `block`: whole roles given or not.
     """
 
-    parameters: float = 0.5
+    parameters: float = 0.6
     observations: float = 0.1
     conditions: float = 0.0
-    joint: float = 0.1
-    uniform: float = 0.25
+    joint: float = 0.05
+    uniform: float = 0.2
     block: float = 0.05
 
     def draw(self, observed: Tensor, roles: Tensor, number: int, generator: torch.Generator | None = None) -> Queries:

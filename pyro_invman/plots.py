@@ -1,0 +1,111 @@
+"""Pictures of fits and of conditionals; every function takes and returns matplotlib axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+
+_POSTERIOR, _PRIOR, _TRUTH = "#20639b", "#b0b7bf", "#d1495b"
+
+
+def label(name: str, units: str = "") -> str:
+    """Axis label: the name, and its units in brackets."""
+    return f"{name} [{units}]" if units else name
+
+
+def corner(
+    draws: np.ndarray,
+    names: Sequence[str],
+    units: Sequence[str],
+    truth: Sequence[float] | None = None,
+    prior: np.ndarray | None = None,
+    axes: np.ndarray | None = None,
+) -> np.ndarray:
+    """One- and two-dimensional marginals of `draws` (S, n), over those of `prior` (S, n) where given; axes (n, n)."""
+    n = len(names)
+    if axes is None:
+        _, axes = plt.subplots(n, n, figsize=(2.3 * n, 2.3 * n), squeeze=False, constrained_layout=True)
+    both = draws if prior is None else np.concatenate([draws, prior])
+    ends = np.quantile(both, [0.005, 0.995], axis=0)
+    for i in range(n):
+        for j in range(n):
+            ax: Axes = axes[i, j]
+            if j > i:
+                ax.set_axis_off()
+                continue
+            if i == j:
+                bins = np.linspace(ends[0, i], ends[1, i], 40).tolist()
+                if prior is not None:
+                    ax.hist(prior[:, i], bins, density=True, color=_PRIOR, alpha=0.6, label="before")
+                ax.hist(draws[:, i], bins, density=True, histtype="step", lw=1.6, color=_POSTERIOR, label="after")
+                if truth is not None:
+                    ax.axvline(truth[i], color=_TRUTH, lw=1.4, label="truth")
+                ax.set_yticks([])
+            else:
+                if prior is not None:
+                    ax.plot(prior[:, j], prior[:, i], ".", ms=1.5, color=_PRIOR, alpha=0.4, rasterized=True)
+                ax.plot(draws[:, j], draws[:, i], ".", ms=1.8, color=_POSTERIOR, alpha=0.4, rasterized=True)
+                if truth is not None:
+                    ax.plot(truth[j], truth[i], "+", ms=11, mew=2, color=_TRUTH)
+                ax.set_ylim(ends[0, i], ends[1, i])
+            ax.set_xlim(ends[0, j], ends[1, j])
+            ax.tick_params(labelsize=7)
+            if i == n - 1:
+                ax.set_xlabel(label(names[j], units[j]), fontsize=8)
+            if j == 0 and i > 0:
+                ax.set_ylabel(label(names[i], units[i]), fontsize=8)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return axes
+
+
+def predictive(
+    measured: np.ndarray, quantiles: np.ndarray, name: str, units: str = "", ax: Axes | None = None, log: bool = False
+) -> Axes:
+    """Predicted median and 90 % interval, `quantiles` (3, N), against what was `measured` (N,)."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.2, 4), constrained_layout=True)
+    low, middle, high = quantiles
+    inside = (measured >= low) & (measured <= high)
+    for chosen, colour, text in ((inside, _POSTERIOR, "inside"), (~inside, _TRUTH, "outside")):
+        spread = np.stack([middle - low, high - middle])[:, chosen]
+        ax.errorbar(
+            measured[chosen], middle[chosen], spread, fmt=".", ms=4, lw=0.7, alpha=0.7, color=colour, label=text
+        )
+    ends = np.array([measured.min(), measured.max()])
+    ax.plot(ends, ends, color="0.3", lw=0.8)
+    if log:
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    ax.set_xlabel(f"measured {label(name, units)}")
+    ax.set_ylabel("predicted, 90 % interval")
+    ax.set_title(f"{inside.mean():.0%} inside, of {len(measured)}", fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
+    return ax
+
+
+def history(record: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Training and held-out loss of a fit against its steps."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    ax.plot(record.step, record.train_loss, color=_PRIOR, label="training rows")
+    ax.plot(record.step, record.validation_loss, color=_POSTERIOR, label="held-out rows")
+    best = int(record.validation_loss.values.argmin())
+    ax.axvline(float(record.step[best]), color="0.6", lw=0.8, ls=":")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss [nat per cell]")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def save(axes: Any, path: Any, **options: Any) -> None:
+    """Writes the figure that `axes` belong to, and closes it."""
+    figure = np.ravel(axes)[0].figure
+    figure.savefig(path, dpi=130, **options)
+    plt.close(figure)
