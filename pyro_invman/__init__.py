@@ -1,5 +1,6 @@
 """Inverse problems that recur: one joint density over incomplete rows, every conditional of it a Pyro distribution."""
 
+from pyro_invman import simulators
 from pyro_invman.data import from_columns, read, validate
 from pyro_invman.density.queries import QueryMix
 from pyro_invman.distributions import ConditionalFlow
@@ -19,5 +20,6 @@ __all__ = [
     "from_columns",
     "load",
     "read",
+    "simulators",
     "validate",
 ]
