@@ -238,7 +238,7 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
 
 
 def _cells(variable: Variable, value: Any, dtype: torch.dtype) -> Tensor:
-    """Numbers, level names, sequences and arrays of them as a tensor; numbers without a dtype of their own get `dtype`."""
+    """Numbers, level names, sequences and arrays of them as a tensor; plain numbers get `dtype`."""
     code = _code(variable, value)
     try:
         return torch.as_tensor(code, dtype=None if hasattr(code, "dtype") else dtype)

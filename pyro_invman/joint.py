@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.nn import PyroModule
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,6 +109,7 @@ class JointFlow(PyroModule):
         return flow
 
     def _learn_scales(self, values: Tensor) -> None:
+        values = _unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
         for group in self.exchangeable:  # every member takes every place once, so that all are treated alike
             columns = torch.tensor([self.variables.indices(member) for member in group])
             moved = [values.clone() for _ in group]
@@ -115,9 +117,12 @@ class JointFlow(PyroModule):
                 rows[:, columns.flatten()] = values[:, columns.roll(shift, 0).flatten()]
             values = torch.cat(moved)
         self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
+        self._take_bounds()
+        self.density.fit_base(self.standardization(values))
+
+    def _take_bounds(self) -> None:
         self.density.lower.copy_(self.standardization.lower)
         self.density.upper.copy_(self.standardization.upper)
-        self.density.fit_base(self.standardization(values))
 
     # ------------------------------------------------------------------ learning
     def fit(
@@ -166,17 +171,15 @@ class JointFlow(PyroModule):
         self._learn_scales(training_rows)
         dtype = self.density.dtype
         working = self.standardization(training_rows).to(dtype)
-        checked = self.standardization(validation_rows).to(dtype)
+        checked = self.standardization(_unrounded(validation_rows, self.variables, generator)).to(dtype)
         rounded = any(v.resolution > 0 for v in self.variables)
 
         def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
             order = self._shuffle(len(rows), generator)
-            batch = working[rows].gather(1, order)
-            answers = batch
+            batch = working[rows]
             if rounded:
-                answers = _unrounded(training_rows[rows].gather(1, order), self.variables, generator)
-                answers = self.standardization(answers).to(dtype)
-            return _loss(module, batch, answers, queries, self._roles, generator)
+                batch = self.standardization(_unrounded(training_rows[rows], self.variables, generator)).to(dtype)
+            return _loss(module, batch.gather(1, order), queries, self._roles, generator)
 
         # the same held-out questions at every evaluation, several a row where rows are few
         repeats = max(1, min(16, 2000 // held_out))
@@ -184,7 +187,7 @@ class JointFlow(PyroModule):
 
         def validate_module(module: nn.Module) -> float:
             generator = torch.Generator().manual_seed(seed + 1)
-            return _loss(module, checked, checked, queries, self._roles, generator).item()
+            return _loss(module, checked, queries, self._roles, generator).item()
 
         settings = {
             "queries": queries,
@@ -293,6 +296,7 @@ class JointFlow(PyroModule):
             "variables": self.variables.to_list(),
             "exchangeable": [[list(m) for m in group] for group in self.exchangeable],
             "architecture": self.architecture,
+            "seed": self.seed,
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -313,47 +317,55 @@ def load(folder: str | os.PathLike[str]) -> JointFlow:
         DataError: a file is damaged, was changed, or comes from a later version of the package.
     """
     folder = Path(folder)
-    if not (folder / "schema.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}: schema.json is not there")
-    try:
-        schema = json.loads((folder / "schema.json").read_text())
-        stated = schema.pop("sha256")
-        version = int(schema["format"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / 'schema.json'}: damaged, it cannot be read as a schema ({error!r})") from error
-    if version > _FORMAT:
-        raise DataError(
-            f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman"
-        )
-    if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
-        raise DataError(f"{folder / 'schema.json'}: damaged or changed, its checksum does not agree with its content")
+    schema = _read_schema(folder)
     weights = folder / "weights.safetensors"
     if not weights.is_file():
         raise DataError(f"{folder}: damaged, weights.safetensors is missing")
     if _digest(weights) != schema["weights_sha256"]:
         raise DataError(f"{weights}: damaged or changed, its checksum does not agree with the schema's")
-    variables = Variables(Variable.from_dict(v) for v in schema["variables"])
-    flow = JointFlow(variables, schema["exchangeable"], **schema["architecture"])
-    tensors = load_file(weights)
-    dtype = tensors["density.out.weight"].dtype
-    flow.to(dtype)
-    flow.load_state_dict(tensors)
-    flow.density.lower.copy_(flow.standardization.lower)
-    flow.density.upper.copy_(flow.standardization.upper)
+    try:
+        variables = Variables(Variable.from_dict(fields) for fields in schema["variables"])
+        flow = JointFlow(variables, schema["exchangeable"], schema["seed"], **schema["architecture"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{folder / 'schema.json'}: describes no model that can be built ({error})") from error
+    try:
+        tensors = load_file(weights)
+        flow.to(tensors["density.out.weight"].dtype)
+        flow.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise DataError(f"{weights}: not the weights of the model in schema.json ({error})") from error
+    flow._take_bounds()
     return flow
 
 
-def _loss(
-    module: nn.Module,
-    batch: Tensor,
-    answers: Tensor,
-    mix: QueryMix,
-    roles: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Mean −log p over the cells of `batch` (B, D) that are asked for, with what is right in `answers` (B, D)."""
+def _read_schema(folder: Path) -> dict[str, Any]:
+    path = folder / "schema.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no model in {folder}: schema.json is not there")
+    try:
+        schema = json.loads(path.read_text())
+        stated = schema.pop("sha256")
+        version = int(schema["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged, it cannot be read as a schema ({error!r})") from error
+    if version > _FORMAT:
+        raise DataError(
+            f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman"
+        )
+    if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
+        raise DataError(f"{path}: damaged or changed, its checksum does not agree with its content")
+    lacking = {"kind", "variables", "exchangeable", "architecture", "seed", "weights_sha256"} - schema.keys()
+    if lacking:
+        raise DataError(f"{path}: damaged, it lacks {', '.join(sorted(lacking))}")
+    if schema["kind"] != "JointFlow":
+        raise DataError(f"{path}: describes a {schema['kind']}, expected a JointFlow")
+    return schema
+
+
+def _loss(module: nn.Module, batch: Tensor, mix: QueryMix, roles: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean −log p over the cells of `batch` (B, D) that are asked for."""
     known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
-    right = torch.where(asked, answers.gather(1, targets), 0.0)
+    right = torch.where(asked, batch.gather(1, targets), 0.0)
     scores = module.cell_log_prob(batch.nan_to_num(0.0), known, targets, right)  # type: ignore[operator]
     return -torch.where(asked, scores, 0.0).sum() / asked.sum().clamp_min(1)
 

@@ -97,11 +97,11 @@ def test_a_run_that_only_gets_worse_ends_with_what_it_began_with():
 
 def test_a_clock_that_has_run_out_ends_the_run():
     started = time.monotonic()
-    _, history = run(schedule=Schedule(steps=10**7, patience=10**6, evaluate_every=20), max_seconds=0.5)
+    _, history = run(schedule=Schedule(steps=10**7, patience=10**6, warmup=1), max_seconds=1.0)
     spent = time.monotonic() - started
-    assert spent < 0.5 + 5  # a loose margin for a busy machine; the run itself would last for hours
+    assert spent < 1 + 10  # a loose margin for a busy machine; the run itself would last for hours
     assert 0 < history[-1].step < 10**7
-    assert history[-1].learning_rate < 0.2 * max(record.learning_rate for record in history)  # it fell with the time
+    assert history[-1].learning_rate < 0.5 * max(record.learning_rate for record in history)  # it fell with the time
 
 
 def test_a_loss_that_is_not_finite_is_said():
@@ -168,9 +168,8 @@ def test_the_clock_of_a_resumed_run_counts_what_was_spent(tmp_path):
     path = tmp_path / "run.safetensors"
     schedule = Schedule(steps=10**7, patience=10**6, evaluate_every=5)
     _, history = run(schedule=schedule, max_seconds=0.3, checkpoint=path)
-    _, resumed = run(schedule=schedule, max_seconds=0.3, checkpoint=path, resume=True)
-    # the last record of the first run was made after its last checkpoint, and little was left to do
-    assert resumed[-1].step <= history[-1].step + 50
+    _, resumed = run(schedule=schedule, max_seconds=0.01, checkpoint=path, resume=True)
+    assert 0 < resumed[-1].step <= history[-1].step  # that of the checkpoint: there is no time for another step
 
 
 def test_without_resume_a_checkpoint_is_overwritten(tmp_path):
@@ -247,19 +246,18 @@ import pyro_invman as pim
 from pyro_invman import training
 
 torch.set_num_threads(1)
-folder, slow = sys.argv[1], sys.argv[2] == "slow"
-if slow:  # writing takes longer than training, so that most kills fall into it
-    import time
+folder, stall_at, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+if stall_at:  # that writing of the checkpoint stops after a share of the file, and waits to be killed
+    import itertools, time
     from safetensors.torch import save_file
-    def dawdle(tensors, path, metadata=None):
+    count = itertools.count(1)
+    def stalling(tensors, path, metadata=None):
         save_file(tensors, path, metadata=metadata)
-        content = open(path, "rb").read()
-        with open(path, "wb") as file:
-            for start in range(0, len(content), len(content) // 20):
-                file.write(content[start : start + len(content) // 20])
-                file.flush()
-                time.sleep(0.002)
-    training.save_file = dawdle
+        if next(count) == stall_at:
+            os.truncate(path, int(share * os.path.getsize(path)))
+            print("stalled", flush=True)
+            time.sleep(600)
+    training.save_file = stalling
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(200, generator=generator)
 y = x.square() + 0.3 * torch.randn(200, generator=generator)
@@ -273,9 +271,9 @@ flow.save(folder + "/model")
 """
 
 
-def fit_in_a_process(folder: Path, pace: str) -> subprocess.Popen:
+def fit_in_a_process(folder: Path, stall_at: int, share: float) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", FIT, str(folder), pace]
+    command = [sys.executable, "-c", FIT, str(folder), str(stall_at), str(share)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "begin\n"
     return process
@@ -283,7 +281,7 @@ def fit_in_a_process(folder: Path, pace: str) -> subprocess.Popen:
 
 def fit_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["fit", str(folder), "fast"])
+    monkeypatch.setattr(sys, "argv", ["fit", str(folder), "0", "0"])
     try:
         exec(FIT, {})
     finally:
@@ -291,35 +289,37 @@ def fit_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]
     return load_file(folder / "model" / "weights.safetensors")
 
 
-def wait_until(happened: Callable[[], bool]) -> None:
+def wait_for_change(path: Path, content: bytes) -> None:
     deadline = time.monotonic() + 120
-    while not happened():
+    while path.read_bytes() == content:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
 def test_a_run_killed_again_and_again_ends_as_an_undisturbed_run(tmp_path, monkeypatch):
-    """SIGKILL at a random moment, and twice while the checkpoint is being written: the first, and a later one."""
+    """SIGKILL within the first writing of the checkpoint, within a later one, and at a random moment."""
     disturbed = tmp_path / "disturbed"
     checkpoint = disturbed / "run.safetensors"
     disturbed.mkdir()
     moments = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
-    for kind, moment in zip(["first write", "any moment", "later write"], moments, strict=True):
+    for stall_at, moment in zip([1, 4, 0], moments, strict=True):
         before = checkpoint.read_bytes() if checkpoint.exists() else b""
-        process = fit_in_a_process(disturbed, "fast" if kind == "any moment" else "slow")
-        part = disturbed / f".run.safetensors.{process.pid}.part"
-        if kind != "first write":  # it gets further each time
-            wait_until(lambda: checkpoint.exists() and checkpoint.read_bytes() != before)  # noqa: B023
-        if kind == "any moment":
-            time.sleep(0.05 * moment)
-        else:
-            wait_until(part.exists)
-            time.sleep(0.02 * moment)
-        process.send_signal(signal.SIGKILL)
+        process = fit_in_a_process(disturbed, stall_at, moment)
         with process:
+            assert process.stdout is not None
+            if stall_at:
+                assert process.stdout.readline() == "stalled\n"
+            else:
+                wait_for_change(checkpoint, before)
+                time.sleep(0.1 * moment)
+            process.send_signal(signal.SIGKILL)
             assert process.wait(timeout=60) == -signal.SIGKILL
-        assert part.exists() or kind == "any moment"  # the writing was cut short
-        assert not checkpoint.exists() if kind == "first write" else load_file(checkpoint)
+        if stall_at:
+            assert (disturbed / f".run.safetensors.{process.pid}.part").exists()  # the writing was cut short
+        if stall_at == 1:
+            assert not checkpoint.exists()
+        else:
+            assert load_file(checkpoint) and checkpoint.read_bytes() != before  # whole, and further than before
     found = fit_here(disturbed, monkeypatch)
     expected = fit_here(tmp_path / "undisturbed", monkeypatch)
     assert found.keys() == expected.keys()
