@@ -96,9 +96,7 @@ def rows(number: int = 300, seed: int = 0) -> Tensor:
     return torch.where(torch.rand(values.shape, generator=generator) < 0.2, NAN, values)
 
 
-def flow_with(
-    head: str = "mixture", variables: Variables = VARIABLES, values: Tensor | None = None
-) -> JointFlow:
+def flow_with(head: str = "mixture", variables: Variables = VARIABLES, values: Tensor | None = None) -> JointFlow:
     """A flow in double precision with weights moved at random from their start."""
     flow = JointFlow(variables, width=24, trunk_blocks=1, head=head, components=5).double()
     flow._learn_scales(rows() if values is None else values)
@@ -160,9 +158,7 @@ def test_a_batch_is_its_elements(case: Case) -> None:
     for index in itertools.product(*map(range, d.batch_shape)):
         alone = ConditionalFlow(d.density, d.standardization, d.variables, d.targets, d.given[index])
         assert alone.batch_shape == ()
-        torch.testing.assert_close(
-            alone.log_prob(value[(slice(None), *index)]), log_prob[(slice(None), *index)]
-        )
+        torch.testing.assert_close(alone.log_prob(value[(slice(None), *index)]), log_prob[(slice(None), *index)])
 
 
 class Named(ConditionalFlow):
@@ -370,9 +366,7 @@ def test_integrates_to_one(case: Case) -> None:
     d = conditional(case)
     number = 601 if len(case.targets) - sum(case.discrete) == 1 else 321 if case.head == "spline" else 171
     points, weights = zip(*(axis(name, number) for name in case.targets), strict=True)
-    grid = torch.stack(torch.meshgrid(*points, indexing="ij"), -1).reshape(
-        -1, *[1] * len(d.batch_shape), len(points)
-    )
+    grid = torch.stack(torch.meshgrid(*points, indexing="ij"), -1).reshape(-1, *[1] * len(d.batch_shape), len(points))
     weight = torch.stack(torch.meshgrid(*weights, indexing="ij"), -1).prod(-1).flatten()
     with torch.no_grad():
         density = d.log_prob(grid).exp().reshape(len(weight), -1)
@@ -503,9 +497,7 @@ def test_rsample_gradient(case: Case) -> None:
 
     def draw(given: Tensor) -> Tensor:
         filled = row.masked_scatter(known, given)
-        return seeded(
-            ConditionalFlow(flow.density, flow.standardization, VARIABLES, case.targets, filled).rsample
-        )
+        return seeded(ConditionalFlow(flow.density, flow.standardization, VARIABLES, case.targets, filled).rsample)
 
     given = row[known]
     if given.numel():
@@ -541,15 +533,13 @@ def test_rsample_gradient_moves_the_law(name: str) -> None:
         return ConditionalFlow(d.density, d.standardization, d.variables, d.targets, row)
 
     row = d.given.clone().requires_grad_()
-    draws = seeded(
-        lambda: ConditionalFlow(d.density, d.standardization, d.variables, d.targets, row).rsample((20,))
-    )
+    draws = seeded(lambda: ConditionalFlow(d.density, d.standardization, d.variables, d.targets, row).rsample((20,)))
     slopes = torch.stack([torch.autograd.grad(x, row, retain_graph=True)[0][column] for x in draws[:, 0]])
     points, weights = axis(case.targets[0], 4001)
     with torch.no_grad():
-        change = (
-            at(step).log_prob(points.unsqueeze(-1)).exp() - at(-step).log_prob(points.unsqueeze(-1)).exp()
-        ) / (2 * step)
+        change = (at(step).log_prob(points.unsqueeze(-1)).exp() - at(-step).log_prob(points.unsqueeze(-1)).exp()) / (
+            2 * step
+        )
         flux = (weights * change).cumsum(0) - 0.5 * weights * change
         here = torch.from_numpy(np.interp(draws[:, 0].detach().numpy(), points.numpy(), flux.numpy()))
         expected = -here / d.log_prob(draws.detach()).exp()
@@ -602,9 +592,7 @@ def test_missing_value_is_that_target_left_out(case: Case) -> None:
         holed = value.clone()
         holed[..., k] = NAN
         without = flow_of(case.head).conditional([case.targets[j] for j in kept], given)
-        torch.testing.assert_close(
-            d.log_prob(holed), without.log_prob(value[..., kept]), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(d.log_prob(holed), without.log_prob(value[..., kept]), rtol=1e-12, atol=1e-12)
 
 
 def test_missing_cells_differ_from_row_to_row() -> None:
@@ -677,9 +665,7 @@ def test_units_move_the_density_by_their_jacobian() -> None:
     """The same rows in mm instead of m: the density falls by 1000 a target, nothing else changes."""
     values = rows()[:, [0, 1]]
     in_metres = Variables([Variable("a", "parameter"), Variable("p", "observation", "positive", units="m")])
-    in_millimetres = Variables(
-        [Variable("a", "parameter"), Variable("p", "observation", "positive", units="mm")]
-    )
+    in_millimetres = Variables([Variable("a", "parameter"), Variable("p", "observation", "positive", units="mm")])
     scale = torch.tensor([1.0, 1000.0])
     one = flow_with("mixture", in_metres, values).conditional(["p", "a"])
     two = flow_with("mixture", in_millimetres, values * scale).conditional(["p", "a"])
@@ -754,9 +740,7 @@ def test_value_outside_its_support() -> None:
         (("a",), {"b": torch.ones(2), "p": torch.ones(3)}, r"given: shapes .*'p': \(3,\).* do not broadcast"),
     ],
 )
-def test_a_question_that_cannot_be_asked(
-    targets: tuple[str, ...], given: dict[str, Any] | None, message: str
-) -> None:
+def test_a_question_that_cannot_be_asked(targets: tuple[str, ...], given: dict[str, Any] | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         flow_of().conditional(targets, given)
 
@@ -776,8 +760,7 @@ def test_given_numbers_keep_their_digits() -> None:
     torch.set_default_dtype(torch.float32)
     for number in (0.1, [0.1], np.array([0.1])):
         assert (
-            stack_given(VARIABLES, {"a": number}, torch.float64)[..., 0]
-            == torch.tensor(0.1, dtype=torch.float64)
+            stack_given(VARIABLES, {"a": number}, torch.float64)[..., 0] == torch.tensor(0.1, dtype=torch.float64)
         ).all()
     assert flow_of().conditional(["p"], {"a": 0.1}).given[0].item() == 0.1
 

@@ -2,8 +2,8 @@ r"""Conditionals of a flow inside Pyro's own inference, against closed forms.
 
 The flow here is exact: with one component a cell its heads are normal, so that it is the multivariate normal its base
 holds, in working coordinates. `x1`, `x2` are parameters (`x2` positive: log-normal), `y1`, `y2` observations. A user's
-model adds :math:`s \sim N(w \cdot (x_1, \log x_2), \sigma^2)`. In :math:`\theta = (x_1, \log x_2)` all is Gaussian, and so
-every posterior, evidence and gap of a mean-field guide is known.
+model adds :math:`s \sim N(w \cdot (x_1, \log x_2), \sigma^2)`. In :math:`\theta = (x_1, \log x_2)` all is Gaussian: every
+posterior, evidence and gap of a mean-field guide is known.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def double_precision(fresh_state: None) -> Iterator[None]:
 @cache
 def gaussian() -> tuple[Tensor, Tensor]:
     """Mean and covariance of (x1, log x2, y1, y2)."""
-    spread = torch.tensor(
-        [[1.0, 0, 0, 0], [0.3, 0.6, 0, 0], [0.7, -0.4, 0.5, 0], [-0.2, 0.5, 0.3, 0.8]]
-    ).double()
+    spread = torch.tensor([[1.0, 0, 0, 0], [0.3, 0.6, 0, 0], [0.7, -0.4, 0.5, 0], [-0.2, 0.5, 0.3, 0.8]]).double()
     return torch.tensor([0.5, -0.3, 1.0, 2.0]).double(), spread @ spread.T
 
 
@@ -131,12 +129,8 @@ def model_with(flow: JointFlow) -> Callable[[], Tensor]:
 
 def of_log(normal: MultivariateNormal) -> dist.TransformedDistribution:
     """A normal over θ as a law over x."""
-    second = dist.transforms.CatTransform(
-        [dist.transforms.identity_transform, dist.transforms.ExpTransform()], -1
-    )
-    return dist.TransformedDistribution(
-        dist.MultivariateNormal(normal.mean, normal.covariance_matrix), [second]
-    )
+    second = dist.transforms.CatTransform([dist.transforms.identity_transform, dist.transforms.ExpTransform()], -1)
+    return dist.TransformedDistribution(dist.MultivariateNormal(normal.mean, normal.covariance_matrix), [second])
 
 
 def exact_guide() -> Tensor:
@@ -165,9 +159,7 @@ def test_the_exact_flow_is_the_normal() -> None:
 # ---------------------------------------------------------------------- the evidence lower bound
 ELBOS = {
     "Trace_ELBO": lambda: Trace_ELBO(),
-    "vectorised particles": lambda: Trace_ELBO(
-        num_particles=7, vectorize_particles=True, max_plate_nesting=0
-    ),
+    "vectorised particles": lambda: Trace_ELBO(num_particles=7, vectorize_particles=True, max_plate_nesting=0),
     "looped particles": lambda: Trace_ELBO(num_particles=3),
     "JitTrace_ELBO": lambda: JitTrace_ELBO(ignore_jit_warnings=True),
     "JitTrace_ELBO, vectorised": lambda: JitTrace_ELBO(
@@ -187,17 +179,15 @@ def test_flow_as_prior_with_the_posterior_as_guide(elbo: Callable[[], Any]) -> N
     model = model_with(flow)
     flow.requires_grad_(False)
     dummy = pyro.param("dummy", torch.tensor(0.0))  # jit differentiates what is in the store
-    svi = SVI(
-        model, lambda: (exact_guide(), pyro.param("dummy", dummy))[0], pyro.optim.SGD({"lr": 0.0}), elbo()
-    )
+    svi = SVI(model, lambda: (exact_guide(), pyro.param("dummy", dummy))[0], pyro.optim.SGD({"lr": 0.0}), elbo())
     for _ in range(3):
         close(svi.evaluate_loss(), -observe(prior())[1].item(), 1e-8)
 
 
 @every_elbo
 def test_flow_as_guide(elbo: Callable[[], Any]) -> None:
-    """The flow's own posterior p(x | y), in the guide of a model that says the same, step by step: the loss stays at
-    −log p(y), and so does not move the weights beyond noise of the order of rounding."""
+    """The flow's own posterior p(x | y), as guide of the model whose posterior it is: the loss is −log p(y), without
+    noise; called in the guide, the flow registers its weights."""
     flow = exact_flow()
     mean, covariance = gaussian()
     marginal = MultivariateNormal(mean[:2], covariance[:2, :2])
@@ -216,8 +206,6 @@ def test_flow_as_guide(elbo: Callable[[], Any]) -> None:
     evidence = MultivariateNormal(mean[2:], covariance[2:, 2:]).log_prob(Y).item()
     close(svi.evaluate_loss(), -evidence, 1e-8)
     assert "density$$$out.bias" in pyro.get_param_store()
-    svi.step()
-    close(svi.evaluate_loss(), -evidence, 0.05)
 
 
 def test_gradient_of_the_bound_by_jit_is_that_without() -> None:
@@ -306,8 +294,8 @@ GUIDES: dict[str, tuple[Callable[[Any], Any], Callable[[], float]]] = {
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_autoguides_reach_their_best(name: str) -> None:
-    """After 130 steps the bound is short of the log-evidence by the guide's own gap (zero, where the family holds the
-    posterior), within 0.03 nats and 5 standard errors of 2,000 draws."""
+    """After 130 steps the bound is short of the log-evidence by the guide's own gap, 0.54 nats for a factorised guide
+    and zero where the family holds the posterior, within 0.09 nats (the noise of 2,000 draws included)."""
     make, gap = GUIDES[name]
     flow = exact_flow().requires_grad_(False)
     model = model_with(flow)
@@ -319,8 +307,8 @@ def test_autoguides_reach_their_best(name: str) -> None:
     elbo = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=0)
     with torch.no_grad():
         short = elbo.loss(model, guide) + observe(prior())[1].item()
-    assert gap_of_mean_field() > 0.08  # so that the families are told apart
-    close(short, gap(), 0.03 + 5 * 0.5 / math.sqrt(2000))
+    assert gap_of_mean_field() > 0.5  # so that the families are told apart
+    close(short, gap(), 0.09)
     draws = torch.stack([guide()["x"] for _ in range(3)])
     assert draws.shape == (3, 2)
     assert (draws[:, 1] > 0).all()
@@ -330,9 +318,7 @@ def minimise(model: Callable[[], Tensor], guide: autoguide.AutoGuide) -> None:
     """A guide without noise, to the end."""
     elbo = Trace_ELBO()
     elbo.differentiable_loss(model, guide)  # makes the parameters
-    lbfgs = torch.optim.LBFGS(
-        guide.parameters(), max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-9
-    )
+    lbfgs = torch.optim.LBFGS(guide.parameters(), max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
     def closure() -> Tensor:
         lbfgs.zero_grad()
@@ -373,9 +359,7 @@ def moments_agree(draws: Tensor, expected: MultivariateNormal, effective: float)
     assert ((draws.mean(0) - expected.mean).abs() < 4 * deviation / math.sqrt(effective)).all()
     assert ((draws.var(0) / expected.variance - 1).abs() < 4 * math.sqrt(2 / effective)).all()
     correlation = expected.covariance_matrix[0, 1] / deviation.prod()
-    assert (torch.corrcoef(draws.T)[0, 1] - correlation).abs() < 4 * (1 - correlation**2) / math.sqrt(
-        effective
-    )
+    assert (torch.corrcoef(draws.T)[0, 1] - correlation).abs() < 4 * (1 - correlation**2) / math.sqrt(effective)
 
 
 def test_nuts_with_a_flow_as_prior() -> None:
@@ -397,9 +381,7 @@ def test_nuts_with_a_flow_as_likelihood() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.MultivariateNormal(own.mean, own.covariance_matrix))
         with pyro.plate("rows", 3):
-            pyro.sample(
-                "y", flow.conditional(["y1", "y2"], {"x1": x[..., 0], "x2": x[..., 1].exp()}), obs=rows
-            )
+            pyro.sample("y", flow.conditional(["y1", "y2"], {"x1": x[..., 0], "x2": x[..., 1].exp()}), obs=rows)
 
     mean, covariance = gaussian()
     gain = torch.linalg.solve(covariance[:2, :2], covariance[:2, 2:]).T
@@ -522,8 +504,8 @@ def test_subsampling_in_a_plate_is_unbiased() -> None:
 
 
 def test_a_local_latent_in_a_subsampled_plate() -> None:
-    """x for each row, given the row's own (partly missing) y; an amortised guide that is the flow itself. Every part of a
-    partition has the same bound as the closed form."""
+    """x for each row, given the row's own (partly missing) y, with the flow itself for an amortised guide: the bound of
+    every part of a partition is the scaled evidence of its rows, without noise."""
     flow, rows = exact_flow(), table()
     y = rows[:, 2:]
 
@@ -652,8 +634,8 @@ def test_svi_trains_a_flow(held: Callable[[JointFlow], Callable[[Tensor], None]]
 
 
 def test_a_closure_registers_nothing() -> None:
-    """`conditional` alone is a distribution like any other: a flow that should train must be called, be an attribute of a
-    `PyroModule`, or be registered."""
+    """`conditional` alone is a distribution like any other: a flow that should train must be called, be an attribute of
+    a `PyroModule`, or be registered."""
     flow = exact_flow()
     trace = poutine.trace(by_closure(flow)).get_trace(table())
     assert [site["type"] for site in trace.nodes.values() if site["type"] == "param"] == []
@@ -682,8 +664,8 @@ def test_two_flows_of_one_model_train_apart() -> None:
 
 
 def test_a_fitted_flow_can_be_frozen() -> None:
-    """With `requires_grad_(False)` a flow in a model is left as it is, while the rest learns (Pyro warns of it unless the
-    flow is in `eval` mode)."""
+    """With `requires_grad_(False)` a flow in a model is left as it is, while the rest learns (Pyro warns of it unless
+    the flow is in `eval` mode)."""
     flow = exact_flow().requires_grad_(False).eval()
 
     def model() -> None:

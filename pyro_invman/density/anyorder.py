@@ -99,8 +99,10 @@ class AnyOrderFlow(nn.Module):
         self.out = nn.Linear(width, 3 * components + (head == "spline"))
         self.out_levels = nn.Linear(width, self.max_levels) if self.max_levels else None
         with torch.no_grad():
-            self.out.weight.zero_()
-            self.out.bias.zero_()
+            for layer in (self.out, self.out_levels):
+                if layer is not None:
+                    layer.weight.zero_()
+                    layer.bias.zero_()
             if head == "mixture":  # close to a standard normal, of components that differ
                 spread = torch.special.ndtri((torch.arange(components) + 0.5) / components)
                 start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
@@ -124,7 +126,12 @@ class AnyOrderFlow(nn.Module):
         for block in self.head:
             hidden = block(hidden)
         hidden = F.silu(self.norm(hidden))
-        logits = None if self.out_levels is None else self.out_levels(hidden)
+        logits = None
+        if self.out_levels is not None:  # around the base's linear probabilities
+            level = torch.arange(self.max_levels, device=targets.device)
+            levels = (cells.unsqueeze(-1) + level).clamp_max(seen.mean.shape[-1] - 1)
+            likely = seen.mean.unsqueeze(-2).expand(*levels.shape[:-1], -1).gather(-1, levels)
+            logits = self.out_levels(hidden) + likely.clamp(0.01, 1.0).log()
         return Parameters(self.out(hidden), mean, scale, logits)
 
     def cell(self, raw: Tensor, m: Tensor, s: Tensor, targets: Tensor) -> Mixture | Spline:
