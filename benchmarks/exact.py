@@ -224,11 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": arguments.seed,
         "max_seconds": arguments.max_seconds,
         "bars": BARS,
+        "versions": versions("invman"),  # before the fits, should a source change meanwhile
         "cases": {
             mechanism: measure(mechanism, arguments.seed, arguments.max_seconds)
             for mechanism in ("completely_at_random", "at_random")
         },
-        "versions": versions("invman"),
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

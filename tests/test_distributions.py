@@ -57,7 +57,8 @@ CASES = {
     "unbounded": Case(("a", "b"), {"p": 1.5, "e": "on"}),
     "positive": Case(("p",), {"a": -0.3}),
     "interval": Case(("q",), {"b": 250.0, "p": 0.7}),
-    "two intervals and a half-line": Case(("q", "p"), {"a": 1.0}),
+    "pressed against an end": Case(("q",), {"b": torch.tensor([100.0, 500.0])}, batch_shape=(2,)),
+    "an interval and a half-line": Case(("q", "p"), {"a": 1.0}),
     "categorical": Case(("c",), {"a": 0.2, "q": -1.9}),
     "two categorical": Case(("c", "e"), {"b": 320.0}),
     "mixed, not in the order of the columns": Case(("q", "c", "p"), {"b": 270.0}),
@@ -147,7 +148,7 @@ def test_shapes(case: Case, sample_shape: tuple[int, ...]) -> None:
 def test_one_value_for_all_of_a_batch(case: Case) -> None:
     d = conditional(case)
     value = d.sample()[(0,) * len(d.batch_shape)]
-    assert torch.equal(d.log_prob(value), d.log_prob(value.expand(d.shape())))
+    torch.testing.assert_close(d.log_prob(value), d.log_prob(value.expand(d.shape())), rtol=1e-10, atol=1e-10)
 
 
 @every_case
@@ -592,7 +593,7 @@ def test_missing_value_is_that_target_left_out(case: Case) -> None:
         holed = value.clone()
         holed[..., k] = NAN
         without = flow_of(case.head).conditional([case.targets[j] for j in kept], given)
-        torch.testing.assert_close(d.log_prob(holed), without.log_prob(value[..., kept]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(d.log_prob(holed), without.log_prob(value[..., kept]), rtol=1e-10, atol=1e-10)
 
 
 def test_missing_cells_differ_from_row_to_row() -> None:
@@ -619,7 +620,7 @@ def test_missing_given_is_that_cell_left_out(case: Case) -> None:
         fewer = {n: cell for n, cell in given.items() if n != name}
         holed = flow_of(case.head).conditional(case.targets, fewer | {name: NAN})
         without = flow_of(case.head).conditional(case.targets, fewer)
-        torch.testing.assert_close(holed.log_prob(value), without.log_prob(value), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(holed.log_prob(value), without.log_prob(value), rtol=1e-10, atol=1e-10)
 
 
 @every_case_of_several

@@ -563,3 +563,18 @@ def test_rows_to_fit_may_be_others_than_those_it_was_made_from(rows):
     with torch.no_grad():
         draws = flow.conditional(["x1"]).sample((2000,))
     assert abs(draws.mean() - float(shifted["x1"].mean())) < 0.2 * float(shifted["x1"].std())
+
+
+def test_rounded_values_are_learned_as_spread_over_their_step():
+    """Counts have the variance of what was rounded, and no density that piles up on the whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1.5 * torch.randn(3000, generator=generator, dtype=torch.float64)).round()
+    y = x + 0.5 * torch.randn(3000, generator=generator, dtype=torch.float64)
+    ds = pim.from_columns({"x": x, "y": y}, {"x": "parameter", "y": "observation"}, resolutions={"x": 1.0})
+    flow = JointFlow.from_dataset(ds, **SMALL)
+    expected = (x.var() + 1 / 12).sqrt()
+    assert abs(flow.standardization.scale[0] / expected - 1) < 0.03
+    flow.fit(ds, progress=False, schedule=pim.Schedule(steps=300))
+    with torch.no_grad():
+        whole, half = flow.conditional(["x"]).log_prob(torch.tensor([[[0.0], [1.0]], [[0.5], [0.5]]])).exp().sum(-1)
+    assert abs(whole / half - 1) < 0.2

@@ -2,8 +2,8 @@ r"""Conditionals of a flow inside Pyro's own inference, against closed forms.
 
 The flow here is exact: with one component a cell its heads are normal, so that it is the multivariate normal its base
 holds, in working coordinates. `x1`, `x2` are parameters (`x2` positive: log-normal), `y1`, `y2` observations. A user's
-model adds :math:`s \sim N(w \cdot (x_1, \log x_2), \sigma^2)`. In :math:`\theta = (x_1, \log x_2)` all is Gaussian: every
-posterior, evidence and gap of a mean-field guide is known.
+model adds :math:`s \sim N(w \cdot (x_1, \log x_2), \sigma^2)`. In :math:`\theta = (x_1, \log x_2)` all is Gaussian:
+every posterior, evidence and gap of a mean-field guide is known.
 """
 
 from __future__ import annotations
