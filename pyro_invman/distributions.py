@@ -16,6 +16,7 @@ from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.variables import DataError, Standardization, Variable, Variables
 
 _QUASI_DRAWS = 1024
+_BLOCK = 2_500  # rows a block of draws
 
 
 class ConditionalFlow(TorchDistribution):
@@ -119,9 +120,13 @@ class ConditionalFlow(TorchDistribution):
         return self._draw(shape, uniform.clamp(tiny, 1 - tiny))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws (*sample_shape, *batch_shape, n), without gradient."""
+        """Draws (*sample_shape, *batch_shape, n), without gradient; made in blocks, which stay in cache."""
+        sample_shape = torch.Size(sample_shape)
+        number, block = sample_shape.numel(), max(1, _BLOCK // max(1, self.batch_shape.numel()))
         with torch.no_grad():
-            return self._draw(torch.Size(sample_shape) + self.batch_shape, None)
+            sizes = [block] * (number // block) + [number % block] * (number % block > 0) or [0]
+            blocks = [self._draw(torch.Size((size, *self.batch_shape)), None) for size in sizes]
+        return torch.cat(blocks).reshape(sample_shape + self.batch_shape + self.event_shape)
 
     def expand(self, batch_shape: Any, _instance: ConditionalFlow | None = None) -> ConditionalFlow:
         """The same law over a larger batch; the given cells are not copied."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from pyro.nn import PyroModule
 from safetensors import SafetensorError
@@ -228,7 +229,19 @@ class JointFlow(PyroModule):
 
     # ------------------------------------------------------------------ asking
     def forward(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:
-        """`conditional`, called so that a Pyro model registers the weights."""
+        """`conditional`, called so that a Pyro model registers the weights.
+
+        Raises:
+            RuntimeError: Pyro's parameter store holds another flow under the same name, so that this one would silently
+                not be trained. Make both attributes of one `PyroModule`, or clear the store.
+        """
+        name = f"{self._pyro_get_fullname('density')}$$$out.weight"
+        held = dict(pyro.get_param_store().named_parameters()).get(name)
+        if held is not None and held is not self.density.out.weight:
+            raise RuntimeError(
+                f"the parameter store holds another flow's weights as {name!r}: make both flows attributes of one "
+                "PyroModule, or call pyro.clear_param_store()"
+            )
         return self.conditional(targets, given)
 
     def conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:

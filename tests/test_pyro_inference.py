@@ -683,3 +683,24 @@ def test_a_fitted_flow_can_be_frozen() -> None:
     slope = covariance[2, 0] / covariance[0, 0]
     close(pyro.param("shift").detach(), mean[0] + (2.0 - mean[2]) / slope, 0.01)
     assert isinstance(flow(["y1"]), ConditionalFlow)
+
+
+def test_a_second_flow_under_the_same_name_is_refused():
+    """Pyro would hand back the first one's weights and leave the second untrained, without a word."""
+    first, second = a_flow_pair()
+
+    def model(flow):
+        flow(["x1"]).log_prob(torch.zeros(1))
+
+    pyro.clear_param_store()
+    model(first)
+    model(first)
+    with pytest.raises(RuntimeError, match="another flow"):
+        model(second)
+    pyro.clear_param_store()
+    model(second)
+
+
+def a_flow_pair():
+    variables = Variables([Variable("x1", "parameter"), Variable("y1", "observation")])
+    return JointFlow(variables, width=8), JointFlow(variables, width=8)

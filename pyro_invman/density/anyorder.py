@@ -145,7 +145,7 @@ class AnyOrderFlow(nn.Module):
         loc, scale = m.unsqueeze(-1) + s.unsqueeze(-1) * loc, s.unsqueeze(-1) * scale
         if bounds[0] is None or bounds[1] is None:
             return Mixture(logits, loc, scale)
-        reach = 3.0 * scale.detach()  # a component far outside the support would hold no mass to tell it by
+        reach = 3.0 * scale  # a component far outside the support would hold no mass to tell it by
         loc = loc.maximum(bounds[0].unsqueeze(-1) - reach).minimum(bounds[1].unsqueeze(-1) + reach)
         return Mixture(logits, loc, scale, *bounds)
 
