@@ -166,7 +166,7 @@ class _State:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a neighbour of `path`, flushes it to disk and puts it in the place of `path` in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # one name: what a killed run left is overwritten
     try:
         write(part)
         with open(part, "rb") as file:
@@ -176,6 +176,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+@torch.enable_grad()
 def train(
     module: nn.Module,
     loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
