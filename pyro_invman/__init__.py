@@ -4,7 +4,10 @@ from pyro_invman import simulators
 from pyro_invman.data import from_columns, read, validate
 from pyro_invman.density.queries import QueryMix
 from pyro_invman.distributions import ConditionalFlow
-from pyro_invman.joint import JointFlow, load
+from pyro_invman.joint import JointFlow
+from pyro_invman.saved import load
+from pyro_invman.tasks.manifold import ProcessManifold, UnfamiliarTask
+from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.training import Schedule
 from pyro_invman.variables import DataError, Variable, Variables
 
@@ -13,8 +16,11 @@ __all__ = [
     "ConditionalFlow",
     "DataError",
     "JointFlow",
+    "ProcessManifold",
     "QueryMix",
     "Schedule",
+    "TaskPosterior",
+    "UnfamiliarTask",
     "Variable",
     "Variables",
     "from_columns",

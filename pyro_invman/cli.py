@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_invman.data import read, to_tensor
-from pyro_invman.joint import JointFlow, load
+from pyro_invman.joint import JointFlow
+from pyro_invman.saved import load
 from pyro_invman.variables import DataError, Variables
 
 if TYPE_CHECKING:
@@ -56,8 +57,15 @@ def _fit(arguments: argparse.Namespace) -> None:
     _print(report, arguments.json, lambda: _fit_text(report))
 
 
+def _flow(folder: str) -> JointFlow:
+    model = load(folder)
+    if not isinstance(model, JointFlow):
+        raise DataError(f"{folder}: holds a {type(model).__name__}, expected a JointFlow")
+    return model
+
+
 def _infer(arguments: argparse.Namespace) -> None:
-    flow = load(arguments.model)
+    flow = _flow(arguments.model)
     given = _pairs(arguments.given, "given")
     known = {name: _value(flow.variables, name, text) for name, text in given.items()}
     targets = [name.strip() for name in arguments.targets.split(",") if name.strip()]
@@ -71,7 +79,7 @@ def _infer(arguments: argparse.Namespace) -> None:
 
 
 def _impute(arguments: argparse.Namespace) -> None:
-    flow = load(arguments.model)
+    flow = _flow(arguments.model)
     roles = {v.name: v.role for v in flow.variables}
     ds = read(
         arguments.table,

@@ -244,6 +244,11 @@ def to_tensor(ds: xr.Dataset, variables: Variables) -> Tensor:
     return torch.from_numpy(values)
 
 
+def labels_of(ds: xr.Dataset, label: str) -> list[str] | None:
+    """The `label` ("task" or "source") of each row as text, None where `ds` has none."""
+    return list(map(str, tables.labels(label, ds[label].values))) if label in ds.coords else None
+
+
 def from_tensor(values: Tensor, variables: Variables, dims: Sequence[str] = ("row",)) -> xr.Dataset:
     """Cells (*dims, D) in natural units as a dataset over `dims`.
 

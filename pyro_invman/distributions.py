@@ -34,6 +34,8 @@ class ConditionalFlow(TorchDistribution):
         variables: all D variables of a row.
         targets: names of the n targets, which order the last dimension.
         given: the row in natural units (*batch_shape, D), NaN where a cell is not given.
+        latent: the task's latent (*batch_shape, L), for a flow whose last L columns it is; always known. It broadcasts
+            against `given`.
 
     Shapes:
         batch_shape is that of `given` without its last dimension, event_shape is (n,). A NaN in the value handed to
@@ -49,18 +51,22 @@ class ConditionalFlow(TorchDistribution):
         variables: Variables,
         targets: Sequence[str],
         given: Tensor,
+        latent: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.density, self.standardization, self.variables = density, standardization, variables
         self.targets = tuple(targets)
         self.columns = variables.indices(self.targets)
-        self.given = given
+        self.given, self.latent = given, latent
         # the chain runs in the order of the variables, whatever order they were asked for in
         self._chain = sorted(self.columns)
         self._to_chain = [self.columns.index(c) for c in self._chain]
         self._from_chain = [self._chain.index(c) for c in self.columns]
         self.has_rsample = not self._discrete
-        super().__init__(given.shape[:-1], torch.Size((len(self.columns),)), validate_args=validate_args)
+        shape = given.shape[:-1]
+        if latent is not None:
+            shape = torch.broadcast_shapes(shape, latent.shape[:-1])
+        super().__init__(shape, torch.Size((len(self.columns),)), validate_args=validate_args)
 
     @property
     def _discrete(self) -> bool:
@@ -77,7 +83,14 @@ class ConditionalFlow(TorchDistribution):
     def _working(self) -> tuple[Tensor, Tensor]:
         weights = self.density.out.weight
         known = ~self.given.isnan()
-        return self.standardization(self.given).nan_to_num(0.0).to(weights.dtype), known
+        row = self.standardization(self.given).nan_to_num(0.0).to(weights.dtype)
+        if self.latent is None:
+            return row, known
+        latent = self.latent.to(weights.dtype)
+        shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
+        row = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
+        # not expanded: rows that know the same cells share an inverse
+        return row, torch.nn.functional.pad(known, (0, latent.shape[-1]), value=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density (*sample_shape, *batch_shape) of `value` (*sample_shape, *batch_shape, n)."""
@@ -138,6 +151,7 @@ class ConditionalFlow(TorchDistribution):
             "targets",
             "columns",
             "given",
+            "latent",
             "_chain",
             "_to_chain",
             "_from_chain",

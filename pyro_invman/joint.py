@@ -7,30 +7,25 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pyro_invman import storage
 from pyro_invman.data import from_tensor, to_tensor, validate, variables_of
 from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.density.context import Layout
-from pyro_invman.density.queries import QueryMix
+from pyro_invman.density.queries import QueryMix, query_loss
 from pyro_invman.distributions import ConditionalFlow, stack_given
 from pyro_invman.results import history_dataset
-from pyro_invman.training import Record, Schedule, train, write_atomically
+from pyro_invman.training import Record, Schedule, train
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_FORMAT = 1
-_TARGETS_A_ROW = 3
 
 
 class JointFlow(PyroModule):
@@ -110,7 +105,7 @@ class JointFlow(PyroModule):
         return flow
 
     def _learn_scales(self, values: Tensor) -> None:
-        values = _unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
+        values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
         for group in self.exchangeable:  # every member takes every place once, so that all are treated alike
             columns = torch.tensor([self.variables.indices(member) for member in group])
             moved = [values.clone() for _ in group]
@@ -172,15 +167,15 @@ class JointFlow(PyroModule):
         self._learn_scales(training_rows)
         dtype = self.density.dtype
         working = self.standardization(training_rows).to(dtype)
-        checked = self.standardization(_unrounded(validation_rows, self.variables, generator)).to(dtype)
+        checked = self.standardization(unrounded(validation_rows, self.variables, generator)).to(dtype)
         rounded = any(v.resolution > 0 for v in self.variables)
 
         def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
             order = self._shuffle(len(rows), generator)
             batch = working[rows]
             if rounded:
-                batch = self.standardization(_unrounded(training_rows[rows], self.variables, generator)).to(dtype)
-            return _loss(module, batch.gather(1, order), queries, self._roles, generator)
+                batch = self.standardization(unrounded(training_rows[rows], self.variables, generator)).to(dtype)
+            return query_loss(module, batch.gather(1, order), queries, self._roles, generator)
 
         # the same held-out questions at every evaluation, several a row where rows are few
         repeats = max(1, min(16, 2000 // held_out))
@@ -188,7 +183,7 @@ class JointFlow(PyroModule):
 
         def validate_module(module: nn.Module) -> float:
             generator = torch.Generator().manual_seed(seed + 1)
-            return _loss(module, checked, queries, self._roles, generator).item()
+            return query_loss(module, checked, queries, self._roles, generator).item()
 
         settings = {
             "queries": queries,
@@ -304,7 +299,6 @@ class JointFlow(PyroModule):
     # ------------------------------------------------------------------ keeping
     def _schema(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
             "kind": "JointFlow",
             "variables": self.variables.to_list(),
             "exchangeable": [[list(m) for m in group] for group in self.exchangeable],
@@ -314,77 +308,28 @@ class JointFlow(PyroModule):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes weights (safetensors), schema (JSON) and a checksum of each to `folder`; no pickle."""
-        folder = Path(folder)
-        tensors = {name: value.detach().contiguous().clone() for name, value in self.state_dict().items()}
-        write_atomically(folder / "weights.safetensors", lambda part: save_file(tensors, part))
-        schema = self._schema() | {"weights_sha256": _digest(folder / "weights.safetensors")}
-        schema["sha256"] = hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest()
-        write_atomically(folder / "schema.json", lambda part: part.write_text(json.dumps(schema, indent=1)))
+        storage.write(folder, self._schema(), self.state_dict())
 
+    @classmethod
+    def from_schema(cls, schema: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> JointFlow:
+        """The flow that `save` described.
 
-def load(folder: str | os.PathLike[str]) -> JointFlow:
-    """The model that `save` wrote to `folder`.
-
-    Raises:
-        FileNotFoundError: there is no model.
-        DataError: a file is damaged, was changed, or comes from a later version of the package.
-    """
-    folder = Path(folder)
-    schema = _read_schema(folder)
-    weights = folder / "weights.safetensors"
-    if not weights.is_file():
-        raise DataError(f"{folder}: damaged, weights.safetensors is missing")
-    if _digest(weights) != schema["weights_sha256"]:
-        raise DataError(f"{weights}: damaged or changed, its checksum does not agree with the schema's")
-    try:
+        Raises:
+            TypeError, ValueError, KeyError, AttributeError: the schema describes no flow.
+            RuntimeError: the tensors are not its weights.
+        """
         variables = Variables(Variable.from_dict(fields) for fields in schema["variables"])
-        flow = JointFlow(variables, schema["exchangeable"], schema["seed"], **schema["architecture"])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{folder / 'schema.json'}: describes no model that can be built ({error})") from error
-    try:
-        tensors = load_file(weights)
+        flow = cls(variables, schema["exchangeable"], schema["seed"], **schema["architecture"])
+        if "density.out.weight" not in tensors:
+            raise RuntimeError("density.out.weight is missing")
         flow.to(tensors["density.out.weight"].dtype)
-        flow.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise DataError(f"{weights}: not the weights of the model in schema.json ({error})") from error
-    flow._take_bounds()
-    return flow
+        flow.load_state_dict(dict(tensors))
+        flow._take_bounds()
+        return flow
 
 
-def _read_schema(folder: Path) -> dict[str, Any]:
-    path = folder / "schema.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no model in {folder}: schema.json is not there")
-    try:
-        schema = json.loads(path.read_text())
-        stated = schema.pop("sha256")
-        version = int(schema["format"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged, it cannot be read as a schema ({error!r})") from error
-    if version > _FORMAT:
-        raise DataError(
-            f"{folder}: written in format {version}, this version reads up to {_FORMAT}; update pyro_invman"
-        )
-    if hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest() != stated:
-        raise DataError(f"{path}: damaged or changed, its checksum does not agree with its content")
-    lacking = {"kind", "variables", "exchangeable", "architecture", "seed", "weights_sha256"} - schema.keys()
-    if lacking:
-        raise DataError(f"{path}: damaged, it lacks {', '.join(sorted(lacking))}")
-    if schema["kind"] != "JointFlow":
-        raise DataError(f"{path}: describes a {schema['kind']}, expected a JointFlow")
-    return schema
-
-
-def _loss(module: nn.Module, batch: Tensor, mix: QueryMix, roles: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean −log p over the cells of `batch` (B, D) that are asked for."""
-    known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
-    right = torch.where(asked, batch.gather(1, targets), 0.0)
-    scores = module.cell_log_prob(batch.nan_to_num(0.0), known, targets, right)  # type: ignore[operator]
-    return -torch.where(asked, scores, 0.0).sum() / asked.sum().clamp_min(1)
-
-
-def _unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:
-    """Cells (B, D) drawn anew, uniformly among the values that would have been recorded as they were."""
+def unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:
+    """Cells (..., D) drawn anew, uniformly among the values that would have been recorded as they were."""
     half = values.new_tensor([v.resolution / 2 for v in variables])
     least = values.new_tensor([-math.inf if v.lower is None else v.lower for v in variables])
     most = values.new_tensor([math.inf if v.upper is None else v.upper for v in variables])
@@ -393,10 +338,6 @@ def _unrounded(values: Tensor, variables: Variables, generator: torch.Generator)
     low = torch.where(positive, low.maximum(1e-3 * values), low)
     high = (values + half).minimum(most)
     return low + (high - low) * torch.rand(values.shape, generator=generator, dtype=values.dtype)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checked_groups(

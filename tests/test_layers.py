@@ -13,13 +13,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_invman"
 # from the ground up; a module may import from floors below its own, and within a floor only as listed in BESIDE
 FLOORS = [
     ["variables"],
-    ["training", "density.univariate", "density.gaussian", "density.queries"],
-    ["density.context"],
+    ["training", "density.univariate", "density.gaussian", "density.random_effects", "density.queries"],
+    ["density.context", "storage"],
     ["density.backbones"],
     ["density.anyorder"],
     ["distributions", "tables", "data", "results"],
     ["joint", "simulators"],
-    ["plots"],
+    ["tasks.rows", "tasks.prior", "tasks.encoder", "tasks.fingerprint", "tasks.predictive"],
+    ["tasks.network"],
+    ["tasks.learning", "tasks.typicality", "tasks.inference", "tasks.posterior"],
+    ["tasks.generative", "tasks.memory"],
+    ["tasks.manifold"],
+    ["saved", "plots"],
     ["cli"],
     ["__main__"],
 ]
@@ -77,18 +82,20 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     for module, typing_only in _imports(path):
         library = module.split(".")[0]
         if library == "pyro":
-            assert not here.startswith("density") and here not in ("variables", "training"), f"{here} imports pyro"
+            assert not here.startswith("density") and here not in ("variables", "training", "storage"), f"{here} imports pyro"
         if library == "xarray" and not typing_only:
             assert here in ("data", "results"), f"{here} imports xarray"
         if library == "matplotlib":
             assert here == "plots", f"{here} imports matplotlib"
+        if library == "gpytorch":
+            assert here == "tasks.prior", f"{here} imports gpytorch"
         assert library not in ("zuko", "sbi", "sklearn"), f"{here} imports {library}"
 
 
 def test_rooms_hold_one_idea() -> None:
     for path in MODULES:
         lines = len(path.read_text().splitlines())
-        assert lines <= 450, f"{_name(path)} has {lines} lines"
+        assert lines <= 480, f"{_name(path)} has {lines} lines"
         assert path.stem not in ("utils", "util", "helpers", "common", "misc", "base"), f"{_name(path)} names no idea"
 
 

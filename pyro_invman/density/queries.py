@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TARGETS_A_ROW = 3
 
 
 class Queries(NamedTuple):
@@ -65,3 +68,26 @@ class QueryMix(NamedTuple):
         order, targets = order.sort(-1)
         number = min(number, dim)
         return Queries(known, targets[:, :number], order[:, :number] < 2.0)
+
+
+def query_loss(
+    module: nn.Module,
+    batch: Tensor,
+    mix: QueryMix,
+    roles: Tensor,
+    generator: torch.Generator | None,
+    latent: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Mean −log p over the cells of `batch` (B, D) that `mix` asks an any-order flow for.
+
+    A `latent` (B, L) is given. `counts` (B, D) is what each cell counts for (1 where None).
+    """
+    known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
+    right = torch.where(asked, batch.gather(1, targets), 0.0)
+    row = batch.nan_to_num(0.0)
+    if latent is not None:
+        row, known = torch.cat([row, latent], -1), F.pad(known, (0, latent.shape[-1]), value=True)
+    scores = module.cell_log_prob(row, known, targets, right)  # type: ignore[operator]
+    weight = asked.to(scores) if counts is None else torch.where(asked, counts.gather(1, targets), 0.0)
+    return -(torch.where(asked, scores, 0.0) * weight).sum() / weight.sum().clamp_min(1e-6)

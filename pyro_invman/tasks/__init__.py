@@ -1,0 +1,1 @@
+"""Tasks that share one manifold, each with a latent of its own."""

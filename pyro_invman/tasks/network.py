@@ -1,0 +1,218 @@
+r"""What a manifold learns: the density of a row given its task's latent, and the belief about a latent given rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_invman.density.anyorder import AnyOrderFlow
+from pyro_invman.density.context import Layout
+from pyro_invman.density.queries import QueryMix, query_loss
+from pyro_invman.density.random_effects import RandomEffects
+from pyro_invman.tasks.encoder import Belief, TaskEncoder
+from pyro_invman.tasks.prior import GaussianProcessPrior, NormalPrior
+
+
+class Aims(NamedTuple):
+    """Weights of what a manifold is trained for, beside the bound on the evidence, and the draws that estimate it.
+
+    `queries`: any-order conditionals of a row given its latent. `dreams`: beliefs that recover the latents of tasks
+    drawn from the manifold itself. `draws`: S. `no_rows`, `all_rows`: shares of tasks seen without a row, and with all;
+    the others have a number of rows uniform in between.
+    """
+
+    queries: float = 1.0
+    dreams: float = 0.05
+    draws: int = 4
+    no_rows: float = 0.1
+    all_rows: float = 0.4
+
+
+class ManifoldNetwork(nn.Module):
+    r"""p(row | z), p(z | conditions) and q(z | rows), in working coordinates.
+
+    Arguments:
+        layout: the D columns of a row.
+        roles: 0, 1, 2 for parameter, observation, condition (D,).
+        evidence: which columns are evidence about the task (D,).
+        latent_dim: L.
+        flow, encoder: keywords of `AnyOrderFlow` and `TaskEncoder`.
+    """
+
+    roles: Tensor
+    evidence: Tensor
+    constant: Tensor
+
+    def __init__(
+        self,
+        layout: Layout,
+        roles: Tensor,
+        evidence: Tensor,
+        latent_dim: int,
+        flow: dict[str, Any],
+        encoder: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.latent_dim, self.dim = latent_dim, len(layout.levels)
+        free = torch.full((latent_dim,), math.inf, dtype=layout.lower.dtype)
+        wider = Layout(
+            layout.levels + (0,) * latent_dim, torch.cat([layout.lower, -free]), torch.cat([layout.upper, free])
+        )
+        self.flow = AnyOrderFlow(wider, **flow)
+        context = self.flow.context
+        self.register_buffer("roles", roles, persistent=False)
+        self.register_buffer("evidence", evidence, persistent=False)
+        self.register_buffer("constant", torch.zeros_like(evidence))
+        owner = context.owner[: len(context.owner) - latent_dim]
+        self.effects = RandomEffects((~evidence)[owner].tolist(), latent_dim)
+        self.encoder = TaskEncoder(context, self.effects, **encoder)
+        self.prior: NormalPrior | GaussianProcessPrior = NormalPrior(latent_dim)
+        self.columns: list[int] = evidence.nonzero()[:, 0].tolist()
+
+    @torch.no_grad()
+    def fit_base(self, values: Tensor, task: Tensor) -> None:
+        """Fits the linear process to working rows (N, D) of tasks (N,), and stands the flow on it."""
+        context = self.flow.context
+        self.constant.copy_(constant_columns(values, task))
+        blank = values.new_zeros(len(values), self.latent_dim)
+        wide = torch.cat([values, blank], -1)
+        cells = context.cells(wide)[:, : len(context.owner) - self.latent_dim]
+        self.effects.fit(cells, task)
+        context.fit(torch.cat([values, torch.full_like(blank, math.nan)], -1))
+        mean, covariance = self.effects.joint()
+        context.base.mean.copy_(mean)
+        context.base.covariance.copy_(covariance)
+        context.knots[self.dim :] = context.scores
+
+    # ------------------------------------------------------------------ beliefs
+    def before(self, conditions: Tensor, inducing: Tensor | None = None) -> Belief:
+        """The prior belief at conditions (..., C), given whitened inducing values where there are some."""
+        if inducing is not None and isinstance(self.prior, GaussianProcessPrior):
+            mean, variance = self.prior.given_inducing(conditions, inducing)
+        else:
+            mean, variance = self.prior.moments(conditions)
+        mean, variance = mean.to(self.flow.dtype), variance.to(self.flow.dtype)
+        return Belief(torch.diag_embed(1 / variance), mean / variance)
+
+    def infer(self, rows: Tensor, before: Belief) -> Belief:
+        """q(z | rows) of working rows (..., K, D) with NaN."""
+        known = ~rows.isnan()
+        evident = (known & self.evidence).any(-1)
+        return self.encoder(self.flow.context, self.effects, rows.nan_to_num(0.0), known, evident, before)
+
+    def evidence_of(self, rows: Tensor, latent: Tensor) -> Tensor:
+        """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN; `latent` broadcasts against (..., K, L)."""
+        known = ~rows.isnan()
+        row = rows.nan_to_num(0.0)
+        shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
+        given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
+        seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
+        wanted = known[..., self.columns]
+        return self.flow.log_prob(given, seen, self.columns, row[..., self.columns].expand(*shape, -1), wanted)
+
+    def dream(self, rows: Tensor, latent: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Rows (..., D) like `rows`, with observations drawn given their settings and `latent` (..., L)."""
+        known = ~rows.isnan()
+        row = rows.nan_to_num(0.0)
+        shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
+        given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
+        seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
+        drawn = self.flow.draw(given, seen, self.columns, shape, generator=generator)
+        dreamt = row.expand(*shape, -1).index_copy(-1, torch.tensor(self.columns, device=row.device), drawn)
+        return torch.where(known, dreamt, math.nan)
+
+    # ------------------------------------------------------------------ learning
+    def loss(
+        self,
+        rows: Tensor,
+        conditions: Tensor,
+        mix: QueryMix,
+        aims: Aims,
+        share: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Loss of tasks with working rows (B, K, D), NaN where a row is short of K, in nats a cell.
+
+        `share` is what one task counts for in the evidence bound of all, for the prior's own divergence.
+        """
+        number, most, _ = rows.shape
+        kind, part = torch.rand(2, number, generator=generator, dtype=rows.dtype)
+        length = (~rows.isnan()).any(-1).sum(-1)
+        some = 1 + (part * length).long()
+        size = torch.where(kind < aims.no_rows, 0, torch.where(kind < aims.no_rows + aims.all_rows, length, some))
+        seen = torch.where((torch.arange(most) < size.unsqueeze(-1)).unsqueeze(-1), rows, math.nan)
+        inducing = None
+        if isinstance(self.prior, GaussianProcessPrior):
+            q_scale = F.softplus(self.prior.whitened_scale)
+            inducing = self.prior.whitened_loc + q_scale * torch.randn(
+                q_scale.shape, generator=generator, dtype=rows.dtype
+            )
+        before = self.before(conditions, inducing)
+        bound, latent, weights = self.bound(seen, before, aims.draws, generator)
+        cells = (~seen[..., self.columns].isnan()).sum().clamp_min(1)
+        loss = -(bound.sum() - share * number * self.prior.kl()) / cells
+        if aims.queries > 0:  # the latent is found from observations given settings alone: no gradient from here
+            picked = torch.multinomial(weights.mT, 1, generator=generator)  # (B, 1)
+            chosen = latent.detach().gather(0, picked.mT.unsqueeze(-1).expand(1, number, self.latent_dim)).squeeze(0)
+            loss = loss + aims.queries * self.query_loss(rows, chosen, mix, generator)
+        if aims.dreams > 0:
+            mean, variance = (part.detach() for part in self._moments(before))
+            truth = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=rows.dtype)
+            with torch.no_grad():
+                dreamt = self.dream(seen, truth.unsqueeze(-2), generator)
+            missed = -self.infer(dreamt, Belief(*(part.detach() for part in before))).log_prob(truth)
+            loss = loss + aims.dreams * missed.mean() / self.latent_dim
+        return loss
+
+    def query_loss(self, rows: Tensor, latent: Tensor, mix: QueryMix, generator: torch.Generator | None) -> Tensor:
+        """Loss a cell of any-order queries to tasks' rows (B, K, D) given latents (B, L).
+
+        A cell that is constant in a task counts once for the task, however many rows repeat it.
+        """
+        real = (~rows.isnan()).any(-1)
+        times = (~rows.isnan()).sum(-2, keepdim=True).clamp_min(1).to(rows)
+        counts = torch.where(self.constant, 1 / times, 1.0).expand_as(rows)[real]
+        of_row = latent.unsqueeze(1).expand(-1, rows.shape[1], -1)[real]
+        return query_loss(self.flow, rows[real], mix, self.roles, generator, of_row, counts)
+
+    @staticmethod
+    def _moments(belief: Belief) -> tuple[Tensor, Tensor]:
+        variance = 1 / belief.precision.diagonal(dim1=-2, dim2=-1)
+        return belief.shift * variance, variance
+
+    def bound(
+        self, rows: Tensor, before: Belief, draws: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Importance-weighted bound (B,) on the log evidence of tasks' rows (B, K, D),
+
+        .. math:: \log \frac{1}{S} \sum_s \frac{p(z_s) \prod_n p(y_n \mid x_n, \eta_n, z_s)}{q(z_s \mid rows)},
+
+        with the draws (S, B, L) and their normalised weights (S, B). With S = 1 it is the evidence lower bound.
+
+        References:
+            Burda, Grosse & Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
+        """
+        belief = self.infer(rows, before)
+        mean, factor = belief.scale_tril()
+        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype)
+        latent = mean + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+        evidence = self.evidence_of(rows, latent.unsqueeze(-2)).sum(-1)
+        weights = before.log_prob(latent) + evidence - belief.log_prob(latent)
+        return weights.logsumexp(0) - math.log(draws), latent, weights.detach().softmax(0)
+
+
+def constant_columns(values: Tensor, task: Tensor) -> Tensor:
+    """Which columns (D,) of rows (N, D) never vary within a task (N,), though some task shows them twice."""
+    tasks, dim = int(task.max()) + 1, values.shape[1]
+    seen = ~values.isnan()
+    index = task.unsqueeze(-1).expand_as(values)
+    low = values.new_full((tasks, dim), math.inf)
+    low = low.scatter_reduce(0, index, values.nan_to_num(math.inf), "amin")
+    high = values.new_full((tasks, dim), -math.inf)
+    high = high.scatter_reduce(0, index, torch.where(seen, values, -math.inf), "amax")
+    times = torch.zeros(tasks, dim).index_add(0, task, seen.float())
+    return ((low >= high) | (times == 0)).all(0) & (times > 1).any(0)

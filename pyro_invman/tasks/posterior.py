@@ -1,0 +1,108 @@
+r"""What is known of one task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_invman.data import to_tensor
+from pyro_invman.distributions import stack_given
+from pyro_invman.tasks.network import ManifoldNetwork
+from pyro_invman.tasks.predictive import TaskConditional
+from pyro_invman.variables import DataError, Standardization, Variables
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True, eq=False)
+class TaskPosterior:
+    """The belief about a task's latent, and every conditional of a row of it.
+
+    Arguments:
+        network, standardization, variables: of the manifold.
+        rows: what the belief stands on, natural units (K, D).
+        conditions: what is known of the task as a whole, by name.
+        latent: Pyro distribution over z, event shape (L,).
+        particles: latents (S, L) that stand for it in mixtures.
+        log_weights: normalised (S,).
+        method: how the belief was found.
+        k_hat: shape of the tail of the importance weights, NaN where there are none; above 0.7 do not trust them
+            (Vehtari et al., *Pareto smoothed importance sampling*, JMLR 2024).
+        inflation: what the prior variance was multiplied by; above 1 the task is like none that was learned.
+    """
+
+    network: ManifoldNetwork
+    standardization: Standardization
+    variables: Variables
+    rows: Tensor
+    conditions: Mapping[str, float]
+    latent: TorchDistribution
+    particles: Tensor
+    log_weights: Tensor
+    method: str
+    k_hat: float = math.nan
+    inflation: float = 1.0
+
+    @property
+    def belongs(self) -> bool:
+        """Whether the task looks like those that were learned."""
+        return self.inflation == 1.0
+
+    @property
+    def num_rows(self) -> int:
+        """k"""
+        return len(self.rows)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Of the particles."""
+        return float(1 / self.log_weights.exp().square().sum())
+
+    def conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> TaskConditional:
+        """p(targets | given, rows of the task) as a Pyro distribution, z integrated out.
+
+        What is known of the task as a whole (its constant conditions) is given too, unless it is named among the
+        targets or the givens.
+
+        Arguments and errors are those of :meth:`pyro_invman.JointFlow.conditional`.
+        """
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        given = dict(given or {})
+        if not targets:
+            raise DataError(f"targets: none named; expected some of {list(self.variables.names)}")
+        for position, name in enumerate(targets):
+            self.variables.index(name)
+            if name in targets[:position]:
+                raise DataError(f"targets: {name} is named twice")
+            if name in given:
+                raise DataError(f"{name} is both a target and given; take it out of one")
+        known = {name: value for name, value in self.conditions.items() if name not in targets and name not in given}
+        dtype = torch.promote_types(torch.get_default_dtype(), self.network.flow.dtype)
+        row = stack_given(self.variables, known | given, dtype)
+        return TaskConditional(
+            self.network.flow,
+            self.standardization,
+            self.variables,
+            self.network.columns,
+            targets,
+            row,
+            self.particles,
+            self.log_weights,
+        )
+
+    def log_prob(self, ds: xr.Dataset) -> Tensor:
+        """log p(y | x, η, rows of the task) of all rows of `ds` jointly, in nats and natural units, a scalar."""
+        natural = to_tensor(ds, self.variables)
+        with torch.no_grad():
+            rows = self.standardization(natural).to(self.network.flow.dtype)
+            parts = self.particles.split(max(1, 65_536 // max(1, len(rows))))
+            scores = torch.cat([self.network.evidence_of(rows, z.unsqueeze(-2)).sum(-1) for z in parts])
+            jacobian = self.standardization.log_abs_det_jacobian(natural)[:, self.network.columns].nansum()
+            return (scores + self.log_weights).logsumexp(0) + jacobian.to(scores)

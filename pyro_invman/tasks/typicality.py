@@ -1,0 +1,64 @@
+r"""Whether a task belongs to what a manifold has learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_invman.tasks.encoder import Belief
+from pyro_invman.tasks.fingerprint import surprise
+from pyro_invman.tasks.network import ManifoldNetwork
+
+_DRAWS = 16
+_AT_ONCE = 50_000
+_FAMILIAR = 0.99  # share of tasks of the manifold that are taken for such
+
+
+def excursion(belief: Belief, before: Belief) -> Tensor:
+    r"""How far beliefs (...) moved from the prior, in units of how far such rows move them:
+
+    .. math:: (m - m_0)^T (\Sigma_0 - \Sigma)^{-1} (m - m_0),
+
+    about :math:`\chi^2_L` for a task of the manifold.
+    """
+    mean, factor = belief.scale_tril()
+    mean_before, factor_before = before.scale_tril()
+    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    learned = factor_before @ factor_before.mT - factor @ factor.mT
+    # beliefs are narrower than the prior, but a direction of which nothing was learned must count for nothing
+    size, turn = torch.linalg.eigh(learned + 1e-6 * eye)
+    moved = (turn.mT @ (mean - mean_before).unsqueeze(-1)).squeeze(-1)
+    return (moved.square() / size.clamp_min(1e-2)).sum(-1)
+
+
+def inflation_of(moved: float, latent_dim: int) -> float:
+    """What the prior variance is multiplied by for a task whose belief moved by `moved`, 1 for a familiar one."""
+    half = torch.tensor(latent_dim / 2, dtype=torch.float64)
+    familiar = float(torch.special.gammainc(half, torch.tensor(moved / 2, dtype=torch.float64)))
+    return max(1.0, moved / latent_dim) if familiar > _FAMILIAR else 1.0
+
+
+@torch.no_grad()
+def p_value(
+    network: ManifoldNetwork, rows: Tensor, before: Belief, generator: torch.Generator, simulations: int = 199
+) -> float:
+    """The share of simulated tasks, with the settings and the missing cells of working rows (K, D), that are at least
+    as strange; by the excursion of the belief and by the evidence of the rows, whichever is stranger."""
+    if not bool((~rows[..., network.columns].isnan()).any()):
+        return 1.0
+    mean, factor = before.scale_tril()
+    noise = torch.randn(simulations, len(mean), generator=generator, dtype=mean.dtype)
+    latent = mean + noise @ factor.mT
+    dreamt = network.dream(rows.expand(simulations, -1, -1), latent.unsqueeze(-2), generator)
+    every = torch.cat([rows.unsqueeze(0), dreamt])
+    number = max(1, _AT_ONCE // (_DRAWS * len(rows) * len(network.columns)))
+    found = torch.cat([_statistics(network, part, before, generator) for part in every.split(number)])
+    return float(surprise(found[0], found[1:]))
+
+
+def _statistics(network: ManifoldNetwork, rows: Tensor, before: Belief, generator: torch.Generator) -> Tensor:
+    """Excursion and minus the evidence of tasks (R, K, D): (R, 2)."""
+    wide = Belief(before.precision.expand(len(rows), -1, -1), before.shift.expand(len(rows), -1))
+    evidence, _, _ = network.bound(rows, wide, _DRAWS, generator)
+    moved = excursion(network.infer(rows, wide), wide)
+    return torch.stack([moved, -evidence], -1).double()
