@@ -82,7 +82,9 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     for module, typing_only in _imports(path):
         library = module.split(".")[0]
         if library == "pyro":
-            assert not here.startswith("density") and here not in ("variables", "training", "storage"), f"{here} imports pyro"
+            assert not here.startswith("density") and here not in ("variables", "training", "storage"), (
+                f"{here} imports pyro"
+            )
         if library == "xarray" and not typing_only:
             assert here in ("data", "results"), f"{here} imports xarray"
         if library == "matplotlib":

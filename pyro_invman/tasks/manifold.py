@@ -192,7 +192,7 @@ class ProcessManifold(PyroModule):
         self._learn_scales(values[inside], task[inside].unique(return_inverse=True)[1])
         data = self._task_rows(values, task, seed)
         plan = schedule or schedule_for(len(names) - held_out, int(inside.sum()))
-        settings = [seed, validation, plan, queries, aims, self._schema()]
+        settings = [seed, validation, plan, queries, aims, self._built_with(), names, task.tolist()]
         history = train_network(
             self.network,
             data,
@@ -387,16 +387,20 @@ class ProcessManifold(PyroModule):
         return corrected(found, self.memory.p_values.tolist())
 
     # ------------------------------------------------------------------ keeping
-    def _schema(self) -> dict[str, Any]:
-        prior = self.network.prior
+    def _built_with(self) -> dict[str, Any]:
         return {
-            "kind": "ProcessManifold",
             "variables": self.variables.to_list(),
             "latent_dim": self.latent_dim,
             "task_prior": self.task_prior,
             "seed": self.seed,
             "flow": self.flow_settings,
             "encoder": self.encoder_settings,
+        }
+
+    def _schema(self) -> dict[str, Any]:
+        prior = self.network.prior
+        return self._built_with() | {
+            "kind": "ProcessManifold",
             "task_conditions": list(self.task_conditions),
             "inducing": list(prior.inducing.shape) if isinstance(prior, GaussianProcessPrior) else None,
             "known": list(self.memory.names),

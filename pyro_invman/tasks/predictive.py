@@ -86,7 +86,7 @@ class TaskConditional(TorchDistribution):
     @lazy_property
     def log_weights(self) -> Tensor:
         """Normalised log-weights of the components (S, *batch_shape)."""
-        weights = self.prior_log_weights.reshape(-1, *[1] * len(self.batch_shape))
+        weights = self.prior_log_weights.reshape(-1, *[1] * len(self._own_batch))
         if not self._informed:
             return weights.expand(-1, *self.given.shape[:-1])
         columns = list(self.evidence)
