@@ -172,10 +172,13 @@ class JointFlow(PyroModule):
 
         def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
             order = self._shuffle(len(rows), generator)
-            batch = working[rows]
-            if rounded:
-                batch = self.standardization(unrounded(training_rows[rows], self.variables, generator)).to(dtype)
-            return query_loss(module, batch.gather(1, order), queries, self._roles, generator)
+            batch, shown = working[rows], None
+            if rounded:  # a given is a recorded value when asked about, and a drawn one along a chain: half of each
+                spread = unrounded(training_rows[rows], self.variables, generator)
+                batch, recorded = self.standardization(spread).to(dtype), batch
+                drawn = torch.rand(len(rows), 1, generator=generator) < 0.5
+                shown = torch.where(drawn, batch, recorded).gather(1, order)
+            return query_loss(module, batch.gather(1, order), queries, self._roles, generator, shown=shown)
 
         # the same held-out questions at every evaluation, several a row where rows are few
         repeats = max(1, min(16, 2000 // held_out))

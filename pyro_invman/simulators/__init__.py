@@ -1,9 +1,9 @@
-"""Processes with known truth: `linear_gaussian`, closed forms throughout, and `melt_pool`, the main job."""
+"""Processes with known truth: `linear_gaussian`, closed forms throughout; `melt_pool`, the main job; `oscillations`."""
 
 import importlib
 from types import ModuleType
 
-__all__ = ["linear_gaussian", "melt_pool"]
+__all__ = ["linear_gaussian", "melt_pool", "oscillations"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,435 @@
+r"""A new task from a handful of rows: ``python -m benchmarks.fewshot``.
+
+Parts, each a table of its own in ``results/fewshot-PART.json`` and ``.md``:
+
+``exact``
+    The hierarchical linear-Gaussian process (200 training tasks of 20 rows, 40 % of cells missing), whose task
+    posterior and predictive are closed forms. After k rows of a fresh task: excess of the negative log predictive
+    density over the exact one, a cell; coverage of 90 % intervals; the amortised belief beside the fitted model's own
+    posterior (NUTS); the task function at five fixed inputs.
+``growth``
+    The same process learned from 8 to 128 tasks: rows that a fresh task needs to reach the loss which the
+    largest reaches after 5; and the loss on old tasks after `extend`.
+``typicality``
+    p-values of tasks that belong and of tasks whose latent lies 4 prior standard deviations out; coverage there;
+    likeness of tasks beside the loss of using one for the other.
+``cost``
+    Milliseconds of `infer_task`, and seconds a step of training against rows and tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyro_invman as pim
+from benchmarks.sbi import machine, versions
+from pyro_invman.data import from_tensor, to_tensor
+from pyro_invman.simulators.linear_gaussian import HierarchicalLinearGaussian
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = (0, 1, 2, 5, 10, 20)
+LEVEL = 0.9
+Cell = dict[str, Any]
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error of values (T,), one a task."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def tasks_of(process: HierarchicalLinearGaussian, tasks: int, rows: int, seed: int, missing: float = 0.4) -> Tensor:
+    """Rows (T, K, D)."""
+    ds = process.sample(tasks, rows, seed=seed, missing=missing)
+    return to_tensor(ds, process.variables).reshape(tasks, rows, -1)
+
+
+def fitted(process: HierarchicalLinearGaussian, tasks: int, rows: int, seed: int, **fit: Any) -> pim.ProcessManifold:
+    """A manifold learned from tasks of `process`."""
+    ds = process.sample(tasks, rows, seed=1000 + seed, missing=0.4)
+    manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=process.latent_dim, seed=seed)
+    manifold.fit(ds, seed=seed, progress=False, **fit)
+    return manifold
+
+
+class Asked:
+    """Fresh tasks of a process, and what their rows' observations are worth to a belief."""
+
+    def __init__(self, process: HierarchicalLinearGaussian) -> None:
+        self.process, self.variables = process, process.variables
+        self.observations = self.variables.with_role("observation")
+        self.settings = self.variables.with_role("parameter")
+
+    def infer(self, manifold: pim.ProcessManifold, rows: Tensor, particles: int | None = None) -> pim.TaskPosterior:
+        """The belief of `manifold` after rows (k, D)."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pim.UnfamiliarTask)
+            return manifold.infer_task(from_tensor(rows, self.variables), num_particles=particles)
+
+    def given(self, rows: Tensor) -> dict[str, Tensor]:
+        """Settings of rows (n, D), NaN where missing."""
+        return {name: rows[:, self.variables.index(name)] for name in self.settings}
+
+    def answers(self, rows: Tensor) -> Tensor:
+        """Observations (n, M) of rows (n, D), NaN where missing."""
+        return rows[:, self.variables.indices(self.observations)]
+
+    def scores(self, task: pim.TaskPosterior, rows: Tensor) -> Tensor:
+        """log p(observations | settings, task) (n,) of rows (n, D), each on its own."""
+        with torch.no_grad():
+            return task.conditional(self.observations, self.given(rows)).log_prob(self.answers(rows)).double()
+
+    def exact_scores(self, context: Tensor, rows: Tensor) -> Tensor:
+        """The same under the exact predictive."""
+        context = context.expand(len(rows), -1, -1)
+        together = torch.cat([context, rows.unsqueeze(1)], 1)
+        return self.process.log_evidence(together) - self.process.log_evidence(context)
+
+    def covered(self, task: pim.TaskPosterior, rows: Tensor, draws: int = 400) -> tuple[float, int]:
+        """How many observed cells of rows (n, D) lie in their central 90 % intervals, and of how many."""
+        answers = self.answers(rows)
+        found = task.conditional(self.observations, self.given(rows)).sample(torch.Size((draws,))).double()
+        level = (found < answers).double().mean(0)
+        inside = (level > (1 - LEVEL) / 2) & (level < (1 + LEVEL) / 2)
+        seen = ~answers.isnan()
+        return float(inside[seen].sum()), int(seen.sum())
+
+
+# ------------------------------------------------------------ exact
+def exact(seed: int, tasks: int, fit: Cell) -> Cell:
+    """One seed of the part ``exact``: a process, a fit, fresh tasks."""
+    process = HierarchicalLinearGaussian.random(seed=seed)
+    began = time.process_time()
+    manifold = fitted(process, 200, 20, seed, **fit)
+    cell: Cell = {"fit_cpu_s": time.process_time() - began, "shots": {}}
+    fresh, asked = tasks_of(process, tasks, 40, seed=9000 + seed), Asked(process)
+    torch.manual_seed(seed)
+    for k in SHOTS:
+        excess, nothing, inside = [], [], []
+        for rows in fresh:
+            context, rest = rows[:k], rows[20:]
+            number = int((~asked.answers(rest).isnan()).sum())
+            task = asked.infer(manifold, context, 256 if k == 0 else 128)
+            exactly = asked.exact_scores(context, rest).sum()
+            excess.append((exactly - asked.scores(task, rest).sum()) / number)
+            nothing.append((exactly - asked.exact_scores(context[:0], rest).sum()) / number)
+            if len(excess) % 4 == 0:
+                hit, of = asked.covered(task, rest, 200)
+                inside.append(hit / of)
+        mean, error = mean_and_error(torch.stack(excess))
+        coverage, coverage_error = mean_and_error(torch.tensor(inside))
+        cell["shots"][str(k)] = {
+            "excess": mean,
+            "std_error": error,
+            "coverage": coverage,
+            "coverage_std_error": coverage_error,
+            "learned_by_exact": float(torch.stack(nothing).mean()),
+            "excess_by_task": [round(float(e), 5) for e in excess],
+        }
+    cell |= _beside_nuts(process, manifold, asked, fresh, seed)
+    return cell
+
+
+def _beside_nuts(
+    process: HierarchicalLinearGaussian, manifold: pim.ProcessManifold, asked: Asked, fresh: Tensor, seed: int
+) -> Cell:
+    """KL(fitted model's own posterior ‖ amortised) a dimension, and task functions at five inputs, for some tasks."""
+    network, divergences, off, width = manifold.network, [], [], []
+    inputs = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    scale = process.covariance.diagonal().sqrt()
+    for number, k in enumerate((2, 5, 10)):
+        rows = fresh[number, :k]
+        ds = from_tensor(rows, process.variables)
+        long_run = manifold.infer_task(ds, method="nuts", num_particles=600, seed=seed)
+        quick = asked.infer(manifold, rows)
+        working = manifold.standardization(rows).float()
+        with torch.no_grad():
+            z = long_run.particles
+            before = network.before(torch.empty(0))
+            joint = before.log_prob(z) + network.evidence_of(working, z.unsqueeze(-2)).sum(-1)
+            # the evidence by importance sampling from a normal fitted to the long run, twice as wide
+            proposal = torch.distributions.MultivariateNormal(z.mean(0), covariance_matrix=2 * z.T.cov())
+            w = proposal.sample((8192,))
+            weights = before.log_prob(w) + network.evidence_of(working, w.unsqueeze(-2)).sum(-1) - proposal.log_prob(w)
+            log_evidence = weights.logsumexp(0) - math.log(len(w))
+            divergence = (joint - log_evidence - quick.latent.log_prob(z)).mean()
+        divergences.append(float(divergence) / z.shape[-1])
+        for step in inputs:
+            settings = {n: process.mean[process.variables.index(n)] + step * scale[process.variables.index(n)]
+                        for n in asked.settings}  # fmt: skip
+            truth = process.posterior_predictive(asked.observations, settings, rows)
+            draws = quick.conditional(asked.observations, settings).sample(torch.Size((2000,))).double()
+            off.append(((draws.mean(0) - truth.mean) / truth.variance.sqrt()).square().mean())
+            width.append((draws.std(0) / truth.variance.sqrt()).mean())
+    return {
+        "kl_per_dim_to_nuts": divergences,
+        "function_off_in_sd": float(torch.stack(off).mean().sqrt()),
+        "function_width_ratio": float(torch.stack(width).mean()),
+    }
+
+
+def exact_table(cells: dict[str, Cell]) -> str:
+    """Pooled over seeds, standard errors by task."""
+    lines = [
+        "| k | excess NLPD a cell (bar 0.05) | coverage of 90 % | exact gain over k = 0, a cell |",
+        "|---|---|---|---|",
+    ]
+    for k in map(str, SHOTS):
+        found = [cell["shots"][k] for cell in cells.values()]
+        excess = torch.tensor([e for one in found for e in one["excess_by_task"]])
+        mean, error = mean_and_error(excess)
+        coverage = sum(one["coverage"] for one in found) / len(found)
+        coverage_error = math.sqrt(sum(one["coverage_std_error"] ** 2 for one in found)) / len(found)
+        gain = sum(one["learned_by_exact"] for one in found) / len(found)
+        lines.append(f"| {k} | {mean:.4f} ± {error:.4f} | {coverage:.3f} ± {coverage_error:.3f} | {gain:.3f} |")
+    kl = torch.tensor([d for cell in cells.values() for d in cell["kl_per_dim_to_nuts"]])
+    off = sum(cell["function_off_in_sd"] for cell in cells.values()) / len(cells)
+    width = sum(cell["function_width_ratio"] for cell in cells.values()) / len(cells)
+    lines += [
+        "",
+        f"Amortised belief beside the fitted model's own posterior (NUTS), KL a dimension: mean {kl.mean():.3f}, largest "
+        f"{kl.max():.3f} (bar 0.1; {len(kl)} tasks).",
+        f"Task function at five inputs: off by {off:.3f} predictive standard deviations (RMS), width ratio {width:.3f}.",
+        f"{len(cells)} seeds; fit {sum(c['fit_cpu_s'] for c in cells.values()) / len(cells):.0f} CPU s each.",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ growth
+def growth(seed: int, tasks: int, fit: Cell) -> Cell:
+    """Loss of fresh tasks after 0 … 80 rows, learned from 8 … 128 tasks; loss on old tasks before and after `extend`."""
+    process = HierarchicalLinearGaussian.random(
+        num_parameters=3, num_observations=4, latent_dim=3, seed=100 + seed, task_share=0.8
+    )
+    asked, fresh = Asked(process), tasks_of(process, tasks, 100, seed=9000 + seed)
+    cell: Cell = {"losses": {}}
+    shots = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
+    torch.manual_seed(seed)
+    for number in (8, 16, 32, 64, 128):
+        manifold = fitted(process, number, 20, seed, **fit)
+        losses = []
+        for k in shots:
+            scores = torch.stack(
+                [asked.scores(asked.infer(manifold, rows[:k], 128), rows[80:]).sum() for rows in fresh]
+            )
+            losses.append(float(-scores.sum() / (~fresh[:, 80:, 3:].isnan()).sum()))
+        cell["losses"][str(number)] = losses
+        if number == 64:
+            cell |= _after_extend(process, manifold, asked, seed)
+    cell["shots"] = list(shots)
+    return cell
+
+
+def _after_extend(process: HierarchicalLinearGaussian, manifold: pim.ProcessManifold, asked: Asked, seed: int) -> Cell:
+    old = tasks_of(process, 64, 20, seed=1000 + seed)
+
+    def loss() -> float:
+        scores = torch.stack([asked.scores(asked.infer(manifold, rows[:10], 128), rows[10:]).sum() for rows in old])
+        return float(-scores.sum() / (~old[:, 10:, 3:].isnan()).sum())
+
+    before = loss()
+    more = process.sample(32, 20, seed=5000 + seed, missing=0.4)
+    manifold.extend(more.assign_coords(task=("row", [f"new {t}" for t in more.task.values])), progress=False)
+    return {"old_loss_before": before, "old_loss_after": loss()}
+
+
+def rows_needed(shots: Sequence[int], losses: Sequence[float], wanted: float) -> float:
+    """The number of rows at which the loss first falls to `wanted`, by linear interpolation in log(1 + k)."""
+    for (k, a), (m, b) in zip(zip(shots, losses, strict=True), zip(shots[1:], losses[1:], strict=True), strict=False):
+        if a <= wanted:
+            return float(k)
+        if b <= wanted:
+            part = (a - wanted) / (a - b)
+            return math.expm1(math.log1p(k) + part * (math.log1p(m) - math.log1p(k)))
+    return math.inf
+
+
+def growth_table(cells: dict[str, Cell]) -> str:
+    """Rows needed by number of tasks."""
+    lines = [
+        "| training tasks | loss at k = 0 | k = 5 | k = 20 | k = 80 | rows needed (median of seeds) |",
+        "|---|---|---|---|---|---|",
+    ]
+    numbers = list(next(iter(cells.values()))["losses"])
+    for number in numbers:
+        needed = sorted(
+            rows_needed(c["shots"], c["losses"][number], c["losses"][numbers[-1]][c["shots"].index(5)])
+            for c in cells.values()
+        )
+        mean = [
+            sum(c["losses"][number][c["shots"].index(k)] for c in cells.values()) / len(cells) for k in (0, 5, 20, 80)
+        ]
+        middle = needed[len(needed) // 2]
+        lines.append(f"| {number} | " + " | ".join(f"{m:.3f}" for m in mean) + f" | {middle:.1f} |")
+    rise = [c["old_loss_after"] - c["old_loss_before"] for c in cells.values()]
+    lines += [
+        "",
+        f"After `extend` by 32 tasks the loss on the old ones rises by {sum(rise) / len(rise):.4f} nats a cell "
+        f"(largest {max(rise):.4f}; bar 0.02).",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ typicality
+def typicality(seed: int, tasks: int, fit: Cell) -> Cell:
+    """False alarms, power, coverage of tasks far out, and likeness."""
+    process = HierarchicalLinearGaussian.random(seed=seed)
+    manifold, asked = fitted(process, 500, 20, seed, **fit), Asked(process)
+    fresh = tasks_of(process, tasks, 40, seed=9000 + seed)
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(tasks, process.latent_dim, generator=generator, dtype=torch.float64)
+    latent = 4 * direction / direction.norm(dim=-1, keepdim=True)
+    near = HierarchicalLinearGaussian(process.variables, process.mean, process.loading, process.covariance)
+    far = torch.stack(
+        [
+            to_tensor(near.row_given_latent(z).sample(40, seed=int(i) + 77_000, missing=0.4), process.variables)
+            for i, z in enumerate(latent)
+        ]
+    )
+    cell: Cell = {"false_alarms": {}, "auroc": {}}
+    for k in (1, 2, 5, 10, 20):
+        of = [manifold.typicality(from_tensor(rows[:k], process.variables), simulations=99) for rows in fresh]
+        p_values = torch.tensor(of)
+        cell["false_alarms"][str(k)] = float((p_values <= 0.05).double().mean())
+        if k == 10:
+            strange = torch.tensor(
+                [manifold.typicality(from_tensor(rows[:k], process.variables), simulations=99) for rows in far[:200]]
+            )
+            cell["auroc"] = float(
+                (
+                    (strange.unsqueeze(-1) < p_values).double() + 0.5 * (strange.unsqueeze(-1) == p_values).double()
+                ).mean()
+            )
+            hits = [asked.covered(asked.infer(manifold, rows[:k]), rows[20:]) for rows in far[:200]]
+            cell["coverage_far_out"] = sum(h for h, _ in hits) / sum(n for _, n in hits)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", pim.UnfamiliarTask)
+                cell["flagged_far_out"] = sum(not asked.infer(manifold, rows[:k]).belongs for rows in far[:200]) / 200
+    cell["likeness_rank_correlation"] = _likeness(manifold, asked, fresh[:25])
+    return cell
+
+
+def _likeness(manifold: pim.ProcessManifold, asked: Asked, rows: Tensor) -> float:
+    """Rank correlation of likeness with the loss of one task's rows given another's, over all pairs."""
+    beliefs = [asked.infer(manifold, task[:20], 128) for task in rows]
+    alike, lost = [], []
+    for i, a in enumerate(beliefs):
+        for j, b in enumerate(beliefs):
+            if i != j:
+                alike.append(manifold.similarity(a, b))
+                lost.append(float(-asked.scores(a, rows[j, 20:]).sum() + asked.scores(b, rows[j, 20:]).sum()))
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (alike, lost)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def typicality_table(cells: dict[str, Cell]) -> str:
+    """Means over seeds."""
+    number = len(cells)
+
+    def mean(get: Callable[[Cell], float]) -> float:
+        return sum(get(cell) for cell in cells.values()) / number
+
+    alarms = {k: mean(lambda c, k=k: c["false_alarms"][k]) for k in next(iter(cells.values()))["false_alarms"]}  # type: ignore[misc]
+    return "\n".join(
+        [
+            "| k | " + " | ".join(alarms) + " |",
+            "|---|" + "---|" * len(alarms),
+            "| false alarms at level 0.05 (bar 0.03–0.07) | " + " | ".join(f"{v:.3f}" for v in alarms.values()) + " |",
+            "",
+            f"Latent 4 prior standard deviations out, k = 10: AUROC {mean(lambda c: c['auroc']):.3f} (bar 0.95), "
+            f"flagged by `infer_task` {mean(lambda c: c['flagged_far_out']):.2f}, coverage of 90 % intervals "
+            f"{mean(lambda c: c['coverage_far_out']):.3f} (bar 0.85).",
+            f"Likeness beside the loss of using one task for another, rank correlation "
+            f"{mean(lambda c: c['likeness_rank_correlation']):.2f} (bar −0.7).",
+        ]
+    )
+
+
+# ------------------------------------------------------------ cost
+def cost(seed: int, tasks: int, fit: Cell) -> Cell:
+    """Milliseconds of `infer_task` for 20 rows, and the processor seconds of a training step by size of the data."""
+    process = HierarchicalLinearGaussian.random(seed=seed)
+    manifold, asked = fitted(process, 50, 20, seed, schedule=pim.Schedule(steps=20, batch_size=24)), Asked(process)
+    rows = tasks_of(process, 30, 20, seed=3)
+    asked.infer(manifold, rows[0])
+    spent = []
+    for task in rows:
+        began = time.perf_counter()
+        asked.infer(manifold, task)
+        spent.append(time.perf_counter() - began)
+    cell: Cell = {"infer_task_ms": 1e3 * sorted(spent)[len(spent) // 2], "steps": {}}
+    for number, length in ((100, 10), (1000, 10), (1000, 100)):
+        ds = process.sample(number, length, seed=seed, missing=0.4)
+        began = time.process_time()
+        grown = pim.ProcessManifold.from_dataset(ds, latent_dim=2)
+        base = time.process_time() - began
+        plan = pim.Schedule(steps=number // 24, batch_size=24, evaluate_every=10_000, learning_rate=1e-3)
+        began = time.process_time()
+        grown.fit(ds, progress=False, schedule=plan)
+        cell["steps"][f"{number} × {length}"] = {
+            "base_cpu_s": base,
+            "an_epoch_cpu_s": time.process_time() - began - base,
+        }
+    return cell
+
+
+def cost_table(cells: dict[str, Cell]) -> str:
+    """Means over seeds."""
+    lines = [
+        f"`infer_task` for 20 rows: {sum(c['infer_task_ms'] for c in cells.values()) / len(cells):.1f} ms (bar 20).",
+        "",
+        "| tasks × rows | linear base, CPU s | one pass over the tasks, CPU s |",
+        "|---|---|---|",
+    ]
+    for size in next(iter(cells.values()))["steps"]:
+        found = [c["steps"][size] for c in cells.values()]
+        base, epoch = (sum(f[name] for f in found) / len(found) for name in ("base_cpu_s", "an_epoch_cpu_s"))
+        lines.append(f"| {size} | {base:.1f} | {epoch:.1f} |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, tuple[Callable[[int, int, Cell], Cell], Callable[[dict[str, Cell]], str], int]] = {
+    "exact": (exact, exact_table, 200),
+    "growth": (growth, growth_table, 60),
+    "typicality": (typicality, typicality_table, 1000),
+    "cost": (cost, cost_table, 0),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the parts; the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.fewshot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--tasks", type=int, help="fresh tasks (each part has its own number)")
+    parser.add_argument("--max-seconds", type=float, help="wall seconds a fit may take")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for part in arguments.parts:
+        run, table, number = PARTS[part]
+        path = arguments.out / f"fewshot-{part}.json"
+        found: dict[str, Any] = {"machine": machine(), "versions": versions("invman"), "cells": {}}
+        for seed in arguments.seeds:
+            tasks = number if arguments.tasks is None else arguments.tasks
+            found["cells"][str(seed)] = run(seed, tasks, {"max_seconds": arguments.max_seconds})
+            text = table(found["cells"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            path.with_suffix(".md").write_text(text + "\n")
+            print(f"{part}, seed {seed}\n{text}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
