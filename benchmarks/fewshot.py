@@ -197,9 +197,10 @@ def exact_table(cells: dict[str, Cell]) -> str:
     width = sum(cell["function_width_ratio"] for cell in cells.values()) / len(cells)
     lines += [
         "",
-        f"Amortised belief beside the fitted model's own posterior (NUTS), KL a dimension: mean {kl.mean():.3f}, largest "
-        f"{kl.max():.3f} (bar 0.1; {len(kl)} tasks).",
-        f"Task function at five inputs: off by {off:.3f} predictive standard deviations (RMS), width ratio {width:.3f}.",
+        f"Amortised belief beside the fitted model's own posterior (NUTS), KL a dimension: mean {kl.mean():.3f}, "
+        f"largest {kl.max():.3f} (bar 0.1; {len(kl)} tasks).",
+        f"Task function at five inputs: off by {off:.3f} predictive standard deviations (RMS), "
+        f"width ratio {width:.3f}.",
         f"{len(cells)} seeds; fit {sum(c['fit_cpu_s'] for c in cells.values()) / len(cells):.0f} CPU s each.",
     ]
     return "\n".join(lines)
@@ -207,7 +208,7 @@ def exact_table(cells: dict[str, Cell]) -> str:
 
 # ------------------------------------------------------------ growth
 def growth(seed: int, tasks: int, fit: Cell) -> Cell:
-    """Loss of fresh tasks after 0 … 80 rows, learned from 8 … 128 tasks; loss on old tasks before and after `extend`."""
+    """Loss of fresh tasks after 0 … 80 rows, learned from 8 … 128 tasks; of old tasks before and after `extend`."""
     process = HierarchicalLinearGaussian.random(
         num_parameters=3, num_observations=4, latent_dim=3, seed=100 + seed, task_share=0.8
     )

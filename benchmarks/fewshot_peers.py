@@ -426,7 +426,10 @@ class MultitaskGP:
                 self.mean, self.kernel, self.index = gpytorch.means.ZeroMean(), kernel, index
 
             def forward(self, x: Tensor, t: Tensor) -> gpytorch.distributions.MultivariateNormal:
-                return gpytorch.distributions.MultivariateNormal(self.mean(x), self.kernel(x).mul(self.index(t)))
+                task = t.squeeze(-1)
+                between = self.index.covar_factor[task] @ self.index.covar_factor[task].mT
+                between = between + self.index.var[task] * (task.unsqueeze(-1) == task)
+                return gpytorch.distributions.MultivariateNormal(self.mean(x), self.kernel(x).to_dense() * between)
 
         model = Model().train()
         objective = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)

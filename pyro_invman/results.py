@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from pyro_invman.training import Record
+from pyro_invman.variables import Variable, Variables
 
 _MEANING = {
     "train_loss": ("mean loss of the batches since the last evaluation", "nat"),
@@ -30,4 +32,62 @@ def history_dataset(records: Sequence[Record], attrs: Mapping[str, Any]) -> xr.D
         },
         coords={"step": step},
         attrs=dict(attrs),
+    )
+
+
+def inference_tree(
+    variables: Variables,
+    names: Sequence[str],
+    latent: Tensor,
+    rows: Tensor,
+    predicted: Tensor,
+    evidence: Sequence[int],
+    attrs: Mapping[str, Any],
+) -> xr.DataTree:
+    """Posterior, posterior predictive, observed and constant data of tasks, plates as dimensions.
+
+    ArviZ reads it where it is installed.
+
+    Arguments:
+        names: of the T tasks.
+        latent: draws (S, T, L).
+        rows: natural units (T, N, D) with NaN.
+        predicted: draws of the evidence columns of these rows (S, T, N, M).
+        evidence: the M columns that are evidence about a task; the others are constant data.
+    """
+    draws, _, dim = latent.shape
+    coords = {"chain": [0], "draw": np.arange(draws), "task": list(names)}
+    per_row = coords | {"row": np.arange(rows.shape[1])}
+
+    def column(c: int, values: Tensor, dims: tuple[str, ...]) -> xr.Variable:
+        variable: Variable = variables[c]
+        attrs = {"units": variable.units, "role": variable.role}
+        if variable.discrete:
+            attrs["levels"] = ", ".join(variable.levels)
+        return xr.Variable(dims, values.detach().cpu().double().numpy(), attrs)
+
+    settings = [c for c in range(len(variables)) if c not in set(evidence)]
+    cells = ("task", "row")
+    only_cells = {name: per_row[name] for name in cells}
+    posterior = xr.Dataset(
+        {"z": (("chain", "draw", "task", "latent"), latent.detach().cpu().double().numpy()[None])},
+        coords=coords | {"latent": np.arange(dim)},
+        attrs=dict(attrs),
+    )
+    predictive = xr.Dataset(
+        {
+            variables[c].name: column(c, predicted[None, ..., m], ("chain", "draw", *cells))
+            for m, c in enumerate(evidence)
+        },
+        coords=per_row,
+    )
+    observed = xr.Dataset({variables[c].name: column(c, rows[..., c], cells) for c in evidence}, coords=only_cells)
+    constant = xr.Dataset({variables[c].name: column(c, rows[..., c], cells) for c in settings}, coords=only_cells)
+    return xr.DataTree.from_dict(
+        {
+            "/posterior": posterior,
+            "/posterior_predictive": predictive,
+            "/observed_data": observed,
+            "/constant_data": constant,
+        }
     )

@@ -394,6 +394,20 @@ def test_a_gaussian_process_over_task_conditions():
         manifold.infer_task(conditions={"x": 1.0})
 
 
+def test_results_come_back_with_plates_as_dimensions(manifold, tmp_path):
+    ds = tasks(4, 5, seed=6)
+    tree = manifold.to_datatree(ds, num_draws=400)
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "task", "latent")
+    assert list(tree["posterior"].task.values) == sorted(set(ds.task.values))
+    assert tree["posterior_predictive"]["y1"].dims == ("chain", "draw", "task", "row")
+    rows, names = manifold.padded(ds)
+    assert (tree["observed_data"]["y1"].values[0] == rows[0, :, 2].numpy()).sum() == int((~rows[0, :, 2].isnan()).sum())
+    one = manifold.infer_task(ds.sel(row=ds.task == names[0]))
+    found = torch.from_numpy(tree["posterior"]["z"].values[0, :, 0]).mean(0)
+    torch.testing.assert_close(found.float(), one.latent.mean, atol=0.15, rtol=0)
+    tree.to_netcdf(tmp_path / "tree.nc")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 def test_bad_input_is_refused(manifold, new):
     with pytest.raises(pim.DataError, match="task"):

@@ -78,16 +78,14 @@ def query_loss(
     generator: torch.Generator | None,
     latent: Tensor | None = None,
     counts: Tensor | None = None,
-    shown: Tensor | None = None,
 ) -> Tensor:
     """Mean −log p over the cells of `batch` (B, D) that `mix` asks an any-order flow for.
 
-    A `latent` (B, L) is given. `counts` (B, D) is what each cell counts for (1 where None). `shown` (B, D) is how the
-    cells look where they are given (as in `batch` where None).
+    A `latent` (B, L) is given. `counts` (B, D) is what each cell counts for (1 where None).
     """
     known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
     right = torch.where(asked, batch.gather(1, targets), 0.0)
-    row = (batch if shown is None else shown).nan_to_num(0.0)
+    row = batch.nan_to_num(0.0)
     if latent is not None:
         row, known = torch.cat([row, latent], -1), F.pad(known, (0, latent.shape[-1]), value=True)
     scores = module.cell_log_prob(row, known, targets, right)  # type: ignore[operator]

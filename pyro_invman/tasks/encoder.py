@@ -34,6 +34,12 @@ class Belief(NamedTuple):
         eye = torch.eye(self.shift.shape[-1], dtype=factor.dtype, device=factor.device)
         return mean, torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
 
+    def sample(self, number: int, generator: torch.Generator | None) -> Tensor:
+        """Latents (number, ..., L)."""
+        mean, factor = self.scale_tril()
+        noise = torch.randn(number, *mean.shape, generator=generator, dtype=mean.dtype)
+        return mean + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+
     def log_prob(self, latent: Tensor) -> Tensor:
         """Log-density (...) of latents (..., L)."""
         factor = torch.linalg.cholesky(self.precision)

@@ -74,9 +74,7 @@ def held_out_loss(
     total, cells, asked = 0.0, 0.0, 0.0
     for k in sizes:
         belief = network.infer(rows[:, :k], before)
-        mean, factor = belief.scale_tril()
-        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype)
-        latent = mean + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+        latent = belief.sample(draws, generator)
         rest = rows[:, k:]
         scores = network.evidence_of(rest, latent.unsqueeze(-2)).logsumexp(0) - math.log(draws)
         total -= float(scores.sum())

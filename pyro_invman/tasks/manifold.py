@@ -19,7 +19,7 @@ from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix
 from pyro_invman.distributions import stack_given
 from pyro_invman.joint import unrounded
-from pyro_invman.results import history_dataset
+from pyro_invman.results import history_dataset, inference_tree
 from pyro_invman.tables import suggest
 from pyro_invman.tasks import generative, inference
 from pyro_invman.tasks.encoder import Belief
@@ -348,6 +348,19 @@ class ProcessManifold(PyroModule):
         """The prior belief () about the task of working rows (K, D)."""
         conditions = self._conditions(working, torch.zeros(len(working), dtype=torch.long))
         return self.network.before(conditions[0])
+
+    @torch.no_grad()
+    def to_datatree(self, ds: xr.Dataset, num_draws: int = 200, seed: int = 0) -> xr.DataTree:
+        """Beliefs about the tasks of `ds`, what they predict of their rows, and the data, plates as dimensions."""
+        rows, names = self.padded(ds)
+        working = self.standardization(rows).to(self.network.flow.dtype)
+        belief = self.network.infer(working, self._beliefs_before(rows))
+        generator = torch.Generator().manual_seed(seed)
+        latent = belief.sample(num_draws, generator)
+        columns = self.network.columns
+        dreamt = self.network.dream(working, latent.unsqueeze(-2), generator)
+        predicted = self.standardization.inverse(dreamt.double())[..., columns]
+        return inference_tree(self.variables, names, latent, rows, predicted, columns, {"rows_are": "all of each task"})
 
     # ------------------------------------------------------------------ likeness
     def fingerprint(self, rows: xr.Dataset | TaskPosterior | str) -> Fingerprint:

@@ -197,9 +197,7 @@ class ManifoldNetwork(nn.Module):
             Burda, Grosse & Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
         """
         belief = self.infer(rows, before)
-        mean, factor = belief.scale_tril()
-        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype)
-        latent = mean + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+        latent = belief.sample(draws, generator)
         evidence = self.evidence_of(rows, latent.unsqueeze(-2)).sum(-1)
         weights = before.log_prob(latent) + evidence - belief.log_prob(latent)
         return weights.logsumexp(0) - math.log(draws), latent, weights.detach().softmax(0)

@@ -46,9 +46,7 @@ def p_value(
     as strange; by the excursion of the belief and by the evidence of the rows, whichever is stranger."""
     if not bool((~rows[..., network.columns].isnan()).any()):
         return 1.0
-    mean, factor = before.scale_tril()
-    noise = torch.randn(simulations, len(mean), generator=generator, dtype=mean.dtype)
-    latent = mean + noise @ factor.mT
+    latent = before.sample(simulations, generator)
     dreamt = network.dream(rows.expand(simulations, -1, -1), latent.unsqueeze(-2), generator)
     every = torch.cat([rows.unsqueeze(0), dreamt])
     number = max(1, _AT_ONCE // (_DRAWS * len(rows) * len(network.columns)))
