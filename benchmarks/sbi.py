@@ -113,7 +113,7 @@ def fit_invman(problem: Problem, theta: Tensor, x: Tensor, seed: int, fit_second
     ds = dataset(problem, theta, x)
     groups = [[list(member) for member in group] for group in problem.exchangeable]
     flow = JointFlow.from_dataset(ds, seed=seed, exchangeable=groups or None)
-    flow.fit(ds, seed=seed, max_seconds=fit_seconds, progress=False, members=2)
+    flow.fit(ds, seed=seed, max_seconds=fit_seconds, progress=False)
 
     def density(values: Tensor, targets: Sequence[str], given: Tensor, names: Sequence[str]) -> Tensor:
         """log q(targets | names), in blocks of rows, where `given` holds one row or as many as `values`."""

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -75,9 +74,9 @@ class JointFlow(PyroModule):
         self.density = self._untrained()
         self.register_buffer("_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False)
 
-    def _untrained(self, member: int = 0) -> AnyOrderFlow:
+    def _untrained(self) -> AnyOrderFlow:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + member)
+            torch.manual_seed(self.seed)
             return AnyOrderFlow(self._layout(), **self.architecture)
 
     def _layout(self) -> Layout:
@@ -132,7 +131,6 @@ class JointFlow(PyroModule):
         queries: QueryMix | None = None,
         schedule: Schedule | None = None,
         validation: float = 0.1,
-        members: int = 1,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> xr.Dataset:
@@ -148,11 +146,8 @@ class JointFlow(PyroModule):
             queries: shares of the kinds of query.
             schedule: learning rate, steps, patience.
             validation: share of rows held out for early stopping (at least one row).
-            members: flows that are trained one after the other, from different weights, and averaged factor by factor
-                (a deep ensemble). With `max_seconds`, only as many as there is time for: one is not begun if the time
-                left is less than the longest before it took.
-            checkpoint: a file that keeps the state of the run (with more members, one beside it for each); with
-                `resume` a run that was interrupted goes on from it and ends as if undisturbed.
+            checkpoint: a file that keeps the state of the run; with `resume` a run that was interrupted goes on from
+                it and ends as if undisturbed.
 
         Raises:
             DataError: the rows do not fit the variables, or the checkpoint belongs to another run.
@@ -163,14 +158,11 @@ class JointFlow(PyroModule):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(values), generator=generator)
         held_out = max(1, round(validation * len(values)))
-        if members < 1:
-            raise DataError(f"fit: found members={members}, expected at least 1")
         if len(values) - held_out < 2:
             raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
         observed = ~values.isnan()
         self.links.copy_(observed.long().T @ observed.long())
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
-        del self.density.others[:]
         self.density.load_state_dict(self._untrained().state_dict())  # a fit starts anew
         self._learn_scales(training_rows)
         dtype = self.density.dtype
@@ -203,41 +195,20 @@ class JointFlow(PyroModule):
         }
         digest = hashlib.sha256(json.dumps(settings, default=str).encode())
         digest.update(values.numpy().tobytes())
-        records, spent, longest = [], 0.0, 0.0
-        for member in range(members):
-            left = None if max_seconds is None else max_seconds - spent
-            if member and left is not None and left < longest:
-                break
-            density = self.density if member == 0 else self._new_member(member)
-            history = train(
-                density,
-                loss,
-                validate_module,
-                len(working),
-                schedule,
-                seed=seed + 2 + member,
-                max_seconds=left,
-                progress=progress,
-                checkpoint=None if checkpoint is None else _of_member(checkpoint, member),
-                resume=resume,
-                fingerprint=f"{digest.hexdigest()}/{member}",
-            )
-            if member:
-                self.density.join(density)
-            records += history
-            spent, longest = spent + history[-1].seconds, max(longest, history[-1].seconds)
-        return history_dataset(
-            records,
-            {"rows": len(working), "held_out_rows": held_out, "members": 1 + len(self.density.others)},
+        history = train(
+            self.density,
+            loss,
+            validate_module,
+            len(working),
+            schedule,
+            seed=seed + 2,
+            max_seconds=max_seconds,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            fingerprint=digest.hexdigest(),
         )
-
-    def _new_member(self, member: int) -> AnyOrderFlow:
-        """Another untrained flow on the same base."""
-        density = self._untrained(member).to(self.density.dtype)
-        density.context.load_state_dict(self.density.context.state_dict())
-        density.lower.copy_(self.density.lower)
-        density.upper.copy_(self.density.upper)
-        return density
+        return history_dataset(history, {"rows": len(working), "held_out_rows": held_out})
 
     def _shuffle(self, rows: int, generator: torch.Generator) -> Tensor:
         """Columns (rows, D) with the members of each exchangeable group in random order, row by row."""
@@ -330,7 +301,6 @@ class JointFlow(PyroModule):
             "exchangeable": [[list(m) for m in group] for group in self.exchangeable],
             "architecture": self.architecture,
             "seed": self.seed,
-            "members": 1 + len(self.density.others),
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -350,16 +320,9 @@ class JointFlow(PyroModule):
         if "density.out.weight" not in tensors:
             raise RuntimeError("density.out.weight is missing")
         flow.to(tensors["density.out.weight"].dtype)
-        for member in range(1, schema["members"]):
-            flow.density.join(flow._new_member(member))
         flow.load_state_dict(dict(tensors))
         flow._take_bounds()
         return flow
-
-
-def _of_member(checkpoint: str | os.PathLike[str], member: int) -> Path:
-    path = Path(checkpoint)
-    return path if member == 0 else path.with_name(f"{path.stem}-{member}{path.suffix}")
 
 
 def unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,5 @@
 """The joint flow: fit, ask, complete, keep; against a linear-Gaussian process, whose answers are closed forms."""
 
-import copy
 import hashlib
 import json
 import math
@@ -579,65 +578,3 @@ def test_rounded_values_are_learned_as_spread_over_their_step():
     with torch.no_grad():
         whole, half = flow.conditional(["x"]).log_prob(torch.tensor([[[0.0], [1.0]], [[0.5], [0.5]]])).exp().sum(-1)
     assert abs(whole / half - 1) < 0.2
-
-
-# ------------------------------------------------------------------------------------------------ members
-@pytest.fixture(scope="module")
-def ensemble() -> JointFlow:
-    ds = mixed_rows()
-    flow = JointFlow.from_dataset(ds, **SMALL)
-    flow.fit(ds, members=3, progress=False, schedule=BRIEF)
-    return flow
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("targets, value", [(["share"], 0.4), (["shape"], 1.0)])
-def test_a_factor_of_an_ensemble_is_the_mean_of_its_members_factors(ensemble, mixed, targets, value):
-    given = {"power": 150.0, "shift": 1010.0}
-    members, densities = [ensemble.density, *ensemble.density.others], []
-    for member in members:
-        alone = copy.deepcopy(ensemble)
-        alone.density = copy.deepcopy(member)
-        del alone.density.others[:]
-        densities.append(alone.conditional(targets, given).log_prob(torch.tensor([value])))
-    found = ensemble.conditional(targets, given).log_prob(torch.tensor([value]))
-    torch.testing.assert_close(found, torch.stack(densities).logsumexp(0) - math.log(3), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(densities[0], mixed.conditional(targets, given).log_prob(torch.tensor([value])))
-    assert len({round(float(d), 4) for d in densities}) == 3
-
-
-@torch.no_grad()
-def test_an_ensemble_draws_what_it_scores_and_is_kept(ensemble, tmp_path):
-    ensemble.save(tmp_path)
-    loaded = pim.load(tmp_path)
-    assert len(loaded.density.others) == 2
-    ds = mixed_rows(50)
-    assert torch.equal(loaded.log_prob(ds), ensemble.log_prob(ds))
-    d = loaded.conditional(["shift", "shape"], {"power": 150.0})
-    draws = d.sample(torch.Size((20_000,)))
-    levels = draws[:, 1].long().bincount(minlength=3) / len(draws)
-    exact = loaded.conditional(["shape"], {"power": 150.0}).log_prob(torch.arange(3.0)[:, None]).exp()
-    torch.testing.assert_close(levels, exact.float(), rtol=0, atol=0.03)
-    grid = torch.linspace(-2000, 4000, 20_001)[:, None]
-    total = loaded.conditional(["shift"], {"power": 150.0}).log_prob(grid).exp().sum() * 0.3
-    assert abs(float(total) - 1) < 1e-3
-
-
-def test_a_member_is_not_begun_for_which_there_is_no_time(rows):
-    flow = JointFlow.from_dataset(rows, **SMALL)
-    history = flow.fit(rows, members=50, progress=False, schedule=BRIEF, max_seconds=3.0)
-    assert 1 <= history.attrs["members"] < 50
-    with pytest.raises(DataError, match="members=0, expected at least 1"):
-        flow.fit(rows, members=0)
-
-
-def test_a_run_of_members_goes_on_as_if_undisturbed(rows, tmp_path):
-    settings = {"progress": False, "schedule": BRIEF, "seed": 2}
-    whole, halved = (JointFlow.from_dataset(rows, **SMALL) for _ in range(2))
-    whole.fit(rows, members=2, **settings)
-    halved.fit(rows, checkpoint=tmp_path / "run.safetensors", **settings)
-    halved.fit(rows, members=2, checkpoint=tmp_path / "run.safetensors", resume=True, **settings)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, halved.state_dict()[name]), name
-    whole.fit(rows, **settings)
-    assert not whole.density.others

@@ -14,15 +14,15 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invman.density.backbones import Block, MaskedMLP, TokenTransformer
-from pyro_invman.density.context import PER_CELL, Context, Layout, Seen
+from pyro_invman.density.context import PER_CELL, Context, Layout
 from pyro_invman.density.univariate import Mixture, Spline
 
 
@@ -77,7 +77,6 @@ class AnyOrderFlow(nn.Module):
         self.dim, self.max_levels = len(layout.levels), max(layout.levels)
         self.bounded = bool((layout.lower.isfinite() | layout.upper.isfinite()).any())
         self.context = Context(layout)
-        self.others = nn.ModuleList()
         slots = self.context.slots()
         fixed = {
             "lower": layout.lower.to(torch.get_default_dtype()),
@@ -113,32 +112,12 @@ class AnyOrderFlow(nn.Module):
         """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""
         self.context.fit(values)
 
-    def join(self, other: AnyOrderFlow) -> None:
-        r"""Averages with another flow of the same make and base: each factor becomes the mean of its members' factors.
-
-        .. math:: p(t_k \mid g, t_{<k}) = \frac{1}{M} \sum_m p_m(t_k \mid g, t_{<k})
-
-        Heads of both must be mixtures, which stay mixtures.
-
-        References:
-            Lakshminarayanan, Pritzel & Blundell, *Simple and scalable predictive uncertainty estimation using deep
-            ensembles*, NeurIPS 2017.
-        """
-        if self.kind != "mixture" or other.kind != "mixture":
-            raise ValueError(f"join: heads are {self.kind!r} and {other.kind!r}, expected 'mixture' of both")
-        self.others.append(other)
-
     def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor) -> Parameters:
         """What the heads of `targets` (..., T) need, given the cells of `values` (..., D) that are `known` (..., D).
 
         `known` may be smaller and broadcast: rows with the same cells known share the work of the Gaussian base.
         """
         seen = self.context(values, known)
-        members = [self, *cast("Iterable[AnyOrderFlow]", self.others)]
-        found = [member._read(seen, targets) for member in members]
-        return found[0] if len(found) == 1 else self._averaged(found, targets)
-
-    def _read(self, seen: Seen, targets: Tensor) -> Parameters:
         hidden = self.backbone(seen)
         cells = self.context.first[targets]
         mean, scale = seen.mean.gather(-1, cells), seen.scale.gather(-1, cells)
@@ -155,22 +134,13 @@ class AnyOrderFlow(nn.Module):
             logits = self.out_levels(hidden) + likely.clamp(0.01, 1.0).log()
         return Parameters(self.out(hidden), mean, scale, logits)
 
-    def _averaged(self, members: list[Parameters], targets: Tensor) -> Parameters:
-        """Parameters of the mean of the members' heads: a mixture of all their components."""
-        parts = [member.raw.unflatten(-1, (3, -1)) for member in members]
-        weights = torch.cat([part[..., 0, :].log_softmax(-1) for part in parts], -1)
-        shapes = torch.cat([part[..., 1:, :] for part in parts], -1)
-        raw = torch.cat([weights.unsqueeze(-2), shapes], -2).flatten(-2)
-        each = [self._log_mass(m.logits, targets).clamp_min(-1e4) for m in members if m.logits is not None]
-        return members[0]._replace(raw=raw, logits=torch.stack(each).logsumexp(0) if each else None)
-
     def cell(self, raw: Tensor, m: Tensor, s: Tensor, targets: Tensor) -> Mixture | Spline:
         """The heads of continuous targets, in working coordinates: shaped around the base's mean and scale."""
         bounds = (self.lower[targets], self.upper[targets]) if self.bounded else (None, None)
         if self.kind == "spline":
             widths, heights, slopes = raw.split([self.components, self.components, self.components + 1], -1)
             return Spline(widths, heights, slopes, m, s, *bounds)
-        logits, loc, log_scale = raw.unflatten(-1, (3, -1)).unbind(-2)
+        logits, loc, log_scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
         scale = self.min_scale + log_scale.clamp(-12.0, 2.0).exp()
         loc, scale = m.unsqueeze(-1) + s.unsqueeze(-1) * loc, s.unsqueeze(-1) * scale
         if bounds[0] is None or bounds[1] is None:
