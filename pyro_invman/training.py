@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
     """
 
     learning_rate: float | None = None
-    weight_decay: float = 8e-2
+    weight_decay: float = 2e-2
     batch_size: int | None = None
     steps: int | None = None
     warmup: int | None = None
@@ -234,7 +234,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
         rows = torch.randint(num_rows, (plan.batch_size,), generator=state.generator)
-        value = loss(module, rows, state.generator)
+        with torch.random.fork_rng(devices=[]):  # what is left out in a step depends on seed and step alone
+            torch.manual_seed(seed + 1_000_003 * state.step)
+            value = loss(module.train(), rows, state.generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"training: the loss became {value.item()} at step {state.step + 1}")
         for optimizer in state.optimizers:
@@ -259,6 +261,7 @@ def train(
     if state.running:
         _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
     module.load_state_dict(state.best)
+    module.eval()
     return state.history
 
 

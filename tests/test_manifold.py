@@ -448,3 +448,30 @@ def test_from_tensor_rows_need_no_task(manifold):
     row = torch.full((1, 6), NAN, dtype=torch.float64)
     row[0, 2] = 0.5
     assert manifold.infer_task(from_tensor(row, PROCESS.variables)).num_rows == 1
+
+
+# ------------------------------------------------------------------------------------------------ a base that bends
+def test_a_bent_process_is_known_before_training_and_kept(tmp_path):
+    """Three rows place a new task on sin(2 x) + a x + b; the base alone predicts, and is saved with the manifold."""
+    generator = torch.Generator().manual_seed(0)
+    slope, offset = torch.randn(2, 61, generator=generator, dtype=torch.float64)
+    x = 4 * torch.rand(61, 10, generator=generator, dtype=torch.float64) - 2
+    y = (2 * x).sin() + slope[:, None] * x + offset[:, None]
+    y = y + 0.1 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    ds = pim.from_columns(
+        {"x": x.flatten(), "y": y.flatten()},
+        {"x": "parameter", "y": "observation"},
+        task=[str(t) for t in range(61) for _ in range(10)],
+    )
+    manifold = pim.ProcessManifold.from_dataset(ds.isel(row=slice(0, 600)), latent_dim=2, **SMALL)
+    assert manifold.network.base.functions is not None
+    task = manifold.infer_task(ds.isel(row=slice(600, 603)))
+    with torch.no_grad():
+        d = task.conditional(["y"], {"x": x[60, 3:]})
+        errors = d.sample((500,)).mean(0).squeeze(-1) - y[60, 3:]
+        assert errors.abs().max() < 0.6
+        assert d.log_prob(y[60, 3:, None]).mean() > -0.5
+    manifold.save(tmp_path)
+    with torch.no_grad():
+        again = pim.load(tmp_path).infer_task(ds.isel(row=slice(600, 603))).conditional(["y"], {"x": x[60, 3:]})
+        assert torch.equal(again.log_prob(y[60, 3:, None]), d.log_prob(y[60, 3:, None]))

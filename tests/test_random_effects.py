@@ -42,9 +42,10 @@ def test_beliefs_are_the_exact_task_posteriors(process):
 def test_measurements_of_settings_alone_say_nothing(process):
     row = torch.full((6,), NAN, dtype=torch.float64)
     row[:2] = 3.0
-    directions, residuals = effects_of(process).measurements(row.nan_to_num(0.0), ~row.isnan())
-    assert not directions.any()
-    assert not residuals.any()
+    found = effects_of(process).measurements(row.nan_to_num(0.0), ~row.isnan())
+    assert not found.directions.any()
+    assert not found.residuals.any()
+    assert found.log_scale == 0 and found.number == 0
 
 
 def test_joint_moments_are_those_of_row_and_latent(process):
@@ -92,3 +93,18 @@ def test_the_order_of_tasks_is_irrelevant(process):
         effects.fit(rows[index], 19 - task[index], max_iterations=30)
         found.append(effects.loading @ effects.loading.T)
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+def test_log_evidence_is_that_of_the_process(process):
+    rows = rows_of(process, 7, 5, seed=1)
+    task = torch.arange(7).repeat_interleave(5)
+    found = effects_of(process).measurements(rows.nan_to_num(0.0), ~rows.isnan()).log_evidence(task, 7)
+    torch.testing.assert_close(found, process.log_evidence(rows.reshape(7, 5, -1)))
+
+
+def test_fit_around_beliefs_that_are_given(process):
+    rows, task = rows_of(process, 300, 20, seed=2), torch.arange(300).repeat_interleave(20)
+    effects = RandomEffects([v.role != "observation" for v in process.variables], 2)
+    effects.fit(rows, task, effects_of(process).posterior(rows, task, 300))
+    torch.testing.assert_close(effects.loading, process.loading, atol=0.15, rtol=0)
+    torch.testing.assert_close(effects.covariance, process.covariance, atol=0.15, rtol=0)

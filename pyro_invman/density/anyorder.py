@@ -48,6 +48,7 @@ class AnyOrderFlow(nn.Module):
         components: of the mixture, or bins of the spline.
         min_scale: smallest scale of a component, in units of the Gaussian base's conditional scale.
         group_width: of the network that reads the members of an exchangeable group.
+        dropout: share of the hidden units of residual blocks that are left out in training.
     """
 
     lower: Tensor
@@ -67,6 +68,7 @@ class AnyOrderFlow(nn.Module):
         components: int = 16,
         min_scale: float = 1e-3,
         group_width: int = 64,
+        dropout: float = 0.05,
     ) -> None:
         super().__init__()
         if head not in ("mixture", "spline"):
@@ -88,13 +90,13 @@ class AnyOrderFlow(nn.Module):
         for name, entries in fixed.items():
             self.register_buffer(name, entries, persistent=False)
         self.backbone: nn.Module = (
-            MaskedMLP(self.context, width, trunk_blocks, group_width)
+            MaskedMLP(self.context, width, trunk_blocks, group_width, dropout)
             if backbone == "mlp"
             else TokenTransformer(self.context, width, trunk_blocks)
         )
         self.slot_embedding = nn.Embedding(max(slots) + 1, width)
         self.query = nn.Linear(2 + PER_CELL * sum(self.context.member_sizes), width)
-        self.head = nn.ModuleList(Block(width) for _ in range(head_blocks))
+        self.head = nn.ModuleList(Block(width, dropout) for _ in range(head_blocks))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 3 * components + (head == "spline"))
         self.out_levels = nn.Linear(width, self.max_levels) if self.max_levels else None
@@ -107,6 +109,7 @@ class AnyOrderFlow(nn.Module):
                 spread = torch.special.ndtri((torch.arange(components) + 0.5) / components)
                 start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
                 self.out.bias.copy_(start.flatten())
+        self.eval()  # only a training loop leaves units out
 
     def fit_base(self, values: Tensor) -> None:
         """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""

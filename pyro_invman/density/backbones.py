@@ -10,10 +10,11 @@ from pyro_invman.density.context import PER_CELL, Context, Seen
 
 
 class Block(nn.Module):
-    """A residual block, the identity when new."""
+    """A residual block, the identity when new; in training a share `dropout` of its hidden units is left out."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
@@ -21,7 +22,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(F.silu(self.up(F.silu(self.norm(hidden)))))
+        inner = F.dropout(F.silu(self.up(F.silu(self.norm(hidden)))), self.dropout, self.training)
+        return hidden + self.down(inner)
 
 
 class MaskedMLP(nn.Module):
@@ -31,7 +33,7 @@ class MaskedMLP(nn.Module):
     (Zaheer et al., *Deep sets*, NeurIPS 2017).
     """
 
-    def __init__(self, context: Context, width: int, blocks: int, group_width: int = 64) -> None:
+    def __init__(self, context: Context, width: int, blocks: int, group_width: int = 64, dropout: float = 0.0) -> None:
         super().__init__()
         self.sets = nn.ModuleList(
             nn.Sequential(
@@ -45,7 +47,7 @@ class MaskedMLP(nn.Module):
         )
         features = PER_CELL * context.num_singles + len(self.sets) * (2 * group_width + 1)
         self.enter = nn.Linear(features, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
 
     def forward(self, seen: Seen) -> Tensor:
         features = [seen.singles.flatten(-2)]

@@ -136,7 +136,7 @@ class Context(nn.Module):
         if self.discrete:
             known_cells = known[..., self.owner]
             scores = torch.where(self.categorical[self.owner], 0.0, scores[..., self.owner])
-        mean, scale = self.base.condition(cells, known_cells)
+        mean, scale = self.expected(cells, known_cells)
         shown = (
             cells,
             scores,
@@ -146,6 +146,11 @@ class Context(nn.Module):
         seen = torch.stack(shown, -1) * known_cells.unsqueeze(-1)  # (..., E, 4)
         members = [seen[..., self.first[self.columns_of(g)], :].flatten(-2) for g in range(len(self.member_sizes))]
         return Seen(seen[..., self.single, :] if members else seen, members, mean, scale)
+
+    def expected(self, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale (..., E) of every cell given the known ones, leave-one-out where it is itself known."""
+        mean, scale = self.base.condition(cells, known)
+        return mean, scale
 
     def own(self, members: list[Tensor], targets: Tensor) -> list[Tensor]:
         """The known cells of the member that each target (..., T) is of, group by group; zero for one in no group."""

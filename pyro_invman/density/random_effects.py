@@ -5,8 +5,37 @@ It is the base under the manifold: what is linear in settings and task is exact 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class Measurements(NamedTuple):
+    """What rows measure of their task's latent, with unit noise: directions U (..., M, L), residuals r (..., M), the
+    logarithm of what they were divided by (...) and how many there are (...)."""
+
+    directions: Tensor
+    residuals: Tensor
+    log_scale: Tensor
+    number: Tensor
+
+    def posterior(self, task: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+        """Precision (T, L, L) and precision times mean (T, L) of the latents of tasks, from rows (N,) of tasks (N,)."""
+        prior = torch.eye(self.directions.shape[-1], dtype=self.directions.dtype, device=self.directions.device)
+        precision = prior.repeat(num_tasks, 1, 1).index_add(0, task, self.directions.mT @ self.directions)
+        shift = prior.new_zeros(num_tasks, len(prior))
+        return precision, shift.index_add(0, task, (self.directions * self.residuals.unsqueeze(-1)).sum(-2))
+
+    def log_evidence(self, task: Tensor, num_tasks: int) -> Tensor:
+        """Log-density (T,) of the observations of tasks given their settings, latents integrated out."""
+        precision, shift = self.posterior(task, num_tasks)
+        factor = torch.linalg.cholesky(precision)
+        white = torch.linalg.solve_triangular(factor, shift.unsqueeze(-1), upper=False).squeeze(-1)
+        alone = -0.5 * self.residuals.square().sum(-1) - self.log_scale - self.number * 0.5 * math.log(2 * math.pi)
+        together = 0.5 * white.square().sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return together.index_add(0, task, alone)
 
 
 class RandomEffects(nn.Module):
@@ -64,8 +93,8 @@ class RandomEffects(nn.Module):
         above = torch.cat([self.covariance + self.loading @ self.loading.mT, self.loading], -1)
         return mean, torch.cat([above, torch.cat([self.loading.mT, prior], -1)], 0)
 
-    def measurements(self, values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions U (..., M, L) and residuals r (..., M) of rows (..., E), zero where nothing was measured."""
+    def measurements(self, values: Tensor, known: Tensor) -> Measurements:
+        """What rows (..., E) measure of the latent, zero where nothing was measured."""
         seen = known[..., self.order]
         covariance = self.covariance[self.order][:, self.order]
         both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
@@ -75,23 +104,30 @@ class RandomEffects(nn.Module):
         loading = torch.where(seen.unsqueeze(-1), self.loading[self.order], 0.0).expand(*residual.shape, -1)
         sides = torch.cat([loading, residual.unsqueeze(-1)], -1)
         white = torch.linalg.solve_triangular(factor, sides, upper=False)[..., self.num_settings :, :]
-        return white[..., :-1], white[..., -1]
+        size = factor.diagonal(dim1=-2, dim2=-1)[..., self.num_settings :].log().sum(-1)
+        number = seen[..., self.num_settings :].sum(-1)
+        return Measurements(white[..., :-1], white[..., -1], size.expand(residual.shape[:-1]), number)
 
     def posterior(self, values: Tensor, task: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
         """Precision (T, L, L) and precision times mean (T, L) of the latents of tasks, from rows (N, E) with NaN."""
-        directions, residuals = self.measurements(values.nan_to_num(0.0), ~values.isnan())
-        prior = torch.eye(self.latent_dim, dtype=torch.float64, device=values.device)
-        precision = prior.repeat(num_tasks, 1, 1).index_add(0, task, directions.mT @ directions)
-        shift = prior.new_zeros(num_tasks, self.latent_dim)
-        return precision, shift.index_add(0, task, (directions * residuals.unsqueeze(-1)).sum(-2))
+        return self.measurements(values.nan_to_num(0.0), ~values.isnan()).posterior(task, num_tasks)
 
     @torch.no_grad()
-    def fit(self, values: Tensor, task: Tensor, max_iterations: int = 300, tolerance: float = 1e-5) -> None:
+    def fit(
+        self,
+        values: Tensor,
+        task: Tensor,
+        believed: tuple[Tensor, Tensor] | None = None,
+        max_iterations: int = 300,
+        tolerance: float = 1e-5,
+    ) -> None:
         """Maximum likelihood by expectation–maximisation over hidden cells and latents together.
 
         Arguments:
             values: rows (N, E) with NaN where a cell was not observed.
             task: which task each row is of (N,), from 0.
+            believed: precision (T, L, L) and precision times mean (T, L) of the latents, where another model knows
+                them; they then stay as they are.
         """
         values = values.to(self.mean)
         known, filled = ~values.isnan(), values.nan_to_num(0.0)
@@ -105,7 +141,7 @@ class RandomEffects(nn.Module):
         tasks, floor = int(task.max()) + 1, self.ridge * variance
         last = self._estimates()
         for _ in range(max_iterations):
-            precision, shift = self.posterior(values, task, tasks)
+            precision, shift = self.posterior(values, task, tasks) if believed is None else believed
             spread = torch.cholesky_inverse(torch.linalg.cholesky(precision))
             latent = (spread @ shift.unsqueeze(-1)).squeeze(-1)
             self._maximise(self._moments(filled, known, patterns, pattern_of, task, latent, spread), floor)
@@ -113,7 +149,8 @@ class RandomEffects(nn.Module):
             change, last = (now - last).abs().max(), now
             if change < tolerance:
                 break
-        self._turn()
+        if believed is None:
+            self._turn()
 
     def _estimates(self) -> Tensor:
         between = self.loading @ self.loading.mT
@@ -201,6 +238,6 @@ class RandomEffects(nn.Module):
     def _turn(self) -> None:
         """Turns the latent so that its directions come apart, the one that observations say most about first."""
         known = torch.ones_like(self.mean, dtype=torch.bool)
-        directions, _ = self.measurements(self.mean, known)
+        directions = self.measurements(self.mean, known).directions
         _, turn = torch.linalg.eigh(directions.mT @ directions)
         self.loading.copy_(self.loading @ turn.flip(-1))

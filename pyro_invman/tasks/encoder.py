@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_invman.density.backbones import MaskedMLP
 from pyro_invman.density.context import Context
-from pyro_invman.density.random_effects import RandomEffects
+from pyro_invman.tasks.effects import TaskEffects
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _MORE = 2  # measurements a row may be worth beyond its number of observations
@@ -57,25 +57,23 @@ class TaskEncoder(nn.Module):
     .. math:: \Lambda = \Lambda_0 + \sum_n U_n^T U_n, \qquad h = h_0 + \sum_n U_n^T e_n.
 
     No row gives the prior back, a row without observations adds nothing, duplicates count twice. U and e start at
-    those of the linear process (`RandomEffects`), where they are exact; a network that reads the row corrects them. It
-    reads in rounds: from the second on it sees the belief of the round before, and its measurements are taken around
+    those of the closed-form process (`TaskEffects`), where they are exact; a network that reads the row corrects them.
+    It reads in rounds: from the second on it sees the belief of the round before, and its measurements are taken around
     that belief's mean, as in an iterated linearisation.
 
     Arguments:
         context: of the flow over cells and latent, whose columns it shares.
-        effects: the linear process.
+        base: the closed-form process.
         width, blocks: of the network.
         rounds: how often the rows are read.
     """
 
-    def __init__(
-        self, context: Context, effects: RandomEffects, width: int = 64, blocks: int = 2, rounds: int = 2
-    ) -> None:
+    def __init__(self, context: Context, base: TaskEffects, width: int = 64, blocks: int = 2, rounds: int = 2) -> None:
         super().__init__()
-        self.latent_dim, self.rounds = effects.latent_dim, rounds
-        self.worth = effects.num_observations + _MORE
+        self.latent_dim, self.rounds = base.latent_dim, rounds
+        self.worth = base.num_observations + _MORE
         self.read = MaskedMLP(context, width, blocks)
-        around = self.latent_dim + effects.num_observations * (1 + self.latent_dim)
+        around = self.latent_dim + base.num_observations * (1 + self.latent_dim)
         self.beside = nn.Linear(around, width)
         self.round = nn.Embedding(rounds, width)
         self.norm = nn.LayerNorm(width)
@@ -88,7 +86,7 @@ class TaskEncoder(nn.Module):
     def forward(
         self,
         context: Context,
-        effects: RandomEffects,
+        base: TaskEffects,
         rows: Tensor,
         known: Tensor,
         evident: Tensor,
@@ -103,7 +101,7 @@ class TaskEncoder(nn.Module):
         with torch.no_grad():
             measured = known if not context.discrete else known[..., context.owner[: -self.latent_dim]]
             cells = self._cells(context, rows)
-            directions, residuals = (part.to(rows) for part in effects.measurements(cells, measured))
+            directions, residuals = (part.to(rows) for part in base.measurements(cells, measured)[:2])
         blank = rows.new_zeros(*rows.shape[:-1], self.latent_dim)
         unknown = torch.zeros_like(blank, dtype=torch.bool)
         counted = evident.to(rows).unsqueeze(-1)
@@ -127,9 +125,9 @@ class TaskEncoder(nn.Module):
             correction = correction.unflatten(-1, (self.worth, self.latent_dim + 2))
             turned, moved, gate = correction.split([self.latent_dim, 1, 1], -1)
             gate = gate.clamp(-8.0, 1.0).exp() * counted.unsqueeze(-1)
-            base = nn.functional.pad(directions, (0, 0, 0, _MORE))
+            bare = nn.functional.pad(directions, (0, 0, 0, _MORE))
             around = nn.functional.pad(residuals, (0, _MORE)).unsqueeze(-1)
-            u = gate * (base + turned)
+            u = gate * (bare + turned)
             e = gate * (around + moved + (turned @ shown.unsqueeze(-1)))
             u, e = u.flatten(-3, -2), e.flatten(-3, -2)
             belief = Belief(prior.precision + u.mT @ u, prior.shift + (u.mT @ e).squeeze(-1))

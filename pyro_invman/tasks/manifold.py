@@ -17,6 +17,7 @@ from pyro_invman import storage
 from pyro_invman.data import labels_of, to_tensor, validate, variables_of
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix
+from pyro_invman.density.random_functions import RandomFunctions
 from pyro_invman.distributions import stack_given
 from pyro_invman.joint import unrounded
 from pyro_invman.results import history_dataset, inference_tree
@@ -54,8 +55,8 @@ class ProcessManifold(PyroModule):
     Arguments:
         variables: what the cells of a row are.
         latent_dim: L, dimensions of the latent of a task.
-        task_prior: "normal", or "gp" for a sparse Gaussian process over the tasks' constant conditions; without such
-            conditions that is the normal one too.
+        task_prior: "normal", or "gp" for a sparse Gaussian process over the tasks' constant conditions, which then act
+            through the latent alone, on a linear base; without such conditions that is the normal one too.
         seed: of the initial weights.
         flow: keywords of :class:`pyro_invman.density.anyorder.AnyOrderFlow`.
         encoder: keywords of :class:`pyro_invman.tasks.encoder.TaskEncoder`.
@@ -132,7 +133,8 @@ class ProcessManifold(PyroModule):
         self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
         self._take_bounds()
         working = self.standardization(values)
-        self.network.fit_base(working, task)
+        # with a Gaussian process over conditions these act through the latent, not through functions of the settings
+        self.network.fit_base(working, task, self.task_prior == "normal", self.seed)
         self.task_conditions = tuple(
             v.name
             for v, constant in zip(self.variables, self.network.constant.tolist(), strict=True)
@@ -416,6 +418,7 @@ class ProcessManifold(PyroModule):
             "kind": "ProcessManifold",
             "task_conditions": list(self.task_conditions),
             "inducing": list(prior.inducing.shape) if isinstance(prior, GaussianProcessPrior) else None,
+            "functions": None if self.network.base.functions is None else self.network.base.functions.sizes(),
             "known": list(self.memory.names),
         }
 
@@ -428,18 +431,14 @@ class ProcessManifold(PyroModule):
     def from_schema(cls, schema: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProcessManifold:
         """The manifold that `save` described; errors as in :meth:`pyro_invman.JointFlow.from_schema`."""
         variables = Variables(Variable.from_dict(fields) for fields in schema["variables"])
-        manifold = cls(
-            variables,
-            schema["latent_dim"],
-            schema["task_prior"],
-            schema["seed"],
-            schema["flow"],
-            schema["encoder"],
-        )
+        built_with = (schema[name] for name in ("latent_dim", "task_prior", "seed", "flow", "encoder"))
+        manifold = cls(variables, *built_with)
         manifold.task_conditions = tuple(schema["task_conditions"])
         variables.indices(manifold.task_conditions)
         if schema["inducing"] is not None:
             manifold.network.prior = GaussianProcessPrior(torch.zeros(schema["inducing"]), schema["latent_dim"])
+        if schema["functions"] is not None:
+            manifold.network.base.functions = RandomFunctions(schema["functions"])
         kept = {name: value for name, value in tensors.items() if name.startswith("memory.")}
         weights = {name: value for name, value in tensors.items() if name not in kept}
         manifold.memory = Memory.from_tensors(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix, query_loss
-from pyro_invman.density.random_effects import RandomEffects
+from pyro_invman.tasks.effects import TaskContext, TaskEffects
 from pyro_invman.tasks.encoder import Belief, TaskEncoder
 from pyro_invman.tasks.prior import GaussianProcessPrior, NormalPrior
 
@@ -63,27 +63,29 @@ class ManifoldNetwork(nn.Module):
             layout.levels + (0,) * latent_dim, torch.cat([layout.lower, -free]), torch.cat([layout.upper, free])
         )
         self.flow = AnyOrderFlow(wider, **flow)
-        context = self.flow.context
+        context = self.flow.context = TaskContext(wider)
         self.register_buffer("roles", roles, persistent=False)
         self.register_buffer("evidence", evidence, persistent=False)
         self.register_buffer("constant", torch.zeros_like(evidence))
         owner = context.owner[: len(context.owner) - latent_dim]
-        self.effects = RandomEffects((~evidence)[owner].tolist(), latent_dim)
-        self.encoder = TaskEncoder(context, self.effects, **encoder)
+        self.base = TaskEffects((~evidence)[owner].tolist(), latent_dim)
+        context.__dict__["base_of_tasks"] = self.base  # seen, not owned: its state is kept once
+        self.encoder = TaskEncoder(context, self.base, **encoder)
         self.prior: NormalPrior | GaussianProcessPrior = NormalPrior(latent_dim)
         self.columns: list[int] = evidence.nonzero()[:, 0].tolist()
 
     @torch.no_grad()
-    def fit_base(self, values: Tensor, task: Tensor) -> None:
-        """Fits the linear process to working rows (N, D) of tasks (N,), and stands the flow on it."""
+    def fit_base(self, values: Tensor, task: Tensor, bend: bool = True, seed: int = 0) -> None:
+        """Fits the closed-form process, linear unless it may `bend`, to working rows (N, D) of tasks (N,), and stands
+        the flow on it."""
         context = self.flow.context
         self.constant.copy_(constant_columns(values, task))
         blank = values.new_zeros(len(values), self.latent_dim)
         wide = torch.cat([values, blank], -1)
         cells = context.cells(wide)[:, : len(context.owner) - self.latent_dim]
-        self.effects.fit(cells, task)
+        self.base.fit(cells, task, bend, seed)
         context.fit(torch.cat([values, torch.full_like(blank, math.nan)], -1))
-        mean, covariance = self.effects.joint()
+        mean, covariance = self.base.effects.joint()
         context.base.mean.copy_(mean)
         context.base.covariance.copy_(covariance)
         context.knots[self.dim :] = context.scores
@@ -102,7 +104,7 @@ class ManifoldNetwork(nn.Module):
         """q(z | rows) of working rows (..., K, D) with NaN."""
         known = ~rows.isnan()
         evident = (known & self.evidence).any(-1)
-        return self.encoder(self.flow.context, self.effects, rows.nan_to_num(0.0), known, evident, before)
+        return self.encoder(self.flow.context, self.base, rows.nan_to_num(0.0), known, evident, before)
 
     def evidence_of(self, rows: Tensor, latent: Tensor) -> Tensor:
         """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN; `latent` broadcasts against (..., K, L)."""

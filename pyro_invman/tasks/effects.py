@@ -1,0 +1,160 @@
+r"""The closed-form process under a manifold: linear, or bent where tasks held out say that it bends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invman.density.context import Context
+from pyro_invman.density.random_effects import Measurements, RandomEffects
+from pyro_invman.density.random_functions import RandomFunctions
+
+_STRENGTHS = (10.0, 50.0)
+_FEWEST_TASKS = 8
+
+
+class TaskEffects(nn.Module):
+    """Observations of a row given its settings and its task's latent, as normals.
+
+    `effects` is linear and answers whatever is known. `functions` (None where the data are as well described without)
+    bend, and answer where a row knows the settings that it needs; both share the latent.
+
+    Arguments:
+        settings: which of the E cells of a row are settings.
+        latent_dim: L.
+    """
+
+    settings: Tensor
+    answers: Tensor
+
+    def __init__(self, settings: list[bool], latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.effects = RandomEffects(settings, latent_dim)
+        self.functions: RandomFunctions | None = None
+        mask = torch.tensor(settings)
+        self.register_buffer("settings", mask.nonzero()[:, 0], persistent=False)
+        self.register_buffer("answers", (~mask).nonzero()[:, 0], persistent=False)
+
+    @property
+    def num_observations(self) -> int:
+        """M, the cells that are not settings."""
+        return len(self.answers)
+
+    @torch.no_grad()
+    def fit(self, cells: Tensor, task: Tensor, bend: bool = True, seed: int = 0) -> None:
+        """Fits rows (N, E) with NaN of tasks (N,).
+
+        With functions if they may `bend` and, learned from three quarters of the tasks, describe the others better than
+        what is linear does.
+        """
+        tasks = int(task.max()) + 1
+        self.functions = None
+        if bend and tasks >= _FEWEST_TASKS and len(self.settings):
+            self.functions = self._functions(cells, task, tasks, seed)
+        if self.functions is None:
+            self.effects.fit(cells, task)
+        else:
+            believed = self._measured(self.functions, cells).posterior(task, tasks)
+            self.effects.fit(cells, task, believed)
+
+    def _functions(self, cells: Tensor, task: Tensor, tasks: int, seed: int) -> RandomFunctions | None:
+        order = torch.randperm(tasks, generator=torch.Generator().manual_seed(seed))
+        apart = (order[: max(2, tasks // 4)] == task.unsqueeze(-1)).any(-1)
+        learned = task[~apart].unique(return_inverse=True)[1]
+        optional = cells[:, self.settings].isnan().any(0)
+        linear = RandomEffects(self._is_setting(), self.latent_dim)
+        linear.fit(cells[~apart], learned)
+        best, chosen, like = -math.inf, None, None
+        for strength in _STRENGTHS:
+            like = self._fitted(cells[~apart], learned, seed, strength, like, optional)
+            read = apart & like.readable(~cells[:, self.settings].isnan())
+            if 2 * int(read.sum()) < int(apart.sum()):
+                return None
+            rows, of = cells[read], task[read].unique(return_inverse=True)[1]
+            if chosen is None and best == -math.inf:
+                alone = linear.measurements(rows.nan_to_num(0.0), ~rows.isnan())
+                best = float(alone.log_evidence(of, int(of.max()) + 1).sum())
+            score = float(self._measured(like, rows).log_evidence(of, int(of.max()) + 1).sum())
+            if score > best:
+                best, chosen = score, strength
+        return None if chosen is None else self._fitted(cells, task, seed, chosen, like)
+
+    def _is_setting(self) -> list[bool]:
+        mask = torch.zeros(len(self.settings) + len(self.answers), dtype=torch.bool)
+        mask[self.settings] = True
+        return mask.tolist()
+
+    def _fitted(
+        self,
+        cells: Tensor,
+        task: Tensor,
+        seed: int,
+        strength: float,
+        like: RandomFunctions | None,
+        optional: Tensor | None = None,
+    ) -> RandomFunctions:
+        answers = cells[:, self.answers]
+        return RandomFunctions.fitted(
+            cells[:, self.settings],
+            answers,
+            task,
+            self.latent_dim,
+            strength=strength,
+            seed=seed,
+            like=like,
+            optional=optional,
+        )
+
+    def _measured(self, functions: RandomFunctions, cells: Tensor) -> Measurements:
+        known, filled = ~cells.isnan(), cells.nan_to_num(0.0)
+        return functions.measurements(
+            filled[..., self.settings], known[..., self.settings], filled[..., self.answers], known[..., self.answers]
+        )
+
+    def measurements(self, cells: Tensor, known: Tensor) -> Measurements:
+        """What rows (..., E) with cells `known` measure of the latent."""
+        linear = self.effects.measurements(cells, known)
+        if self.functions is None:
+            return linear
+        bent = self.functions.measurements(
+            cells[..., self.settings], known[..., self.settings], cells[..., self.answers], known[..., self.answers]
+        )
+        readable = self.functions.readable(known[..., self.settings])
+        joined = []
+        for a, b in zip(bent, linear, strict=True):
+            joined.append(torch.where(readable.reshape(*readable.shape, *[1] * (a.dim() - readable.dim())), a, b))
+        return Measurements(*joined)
+
+
+class TaskContext(Context):
+    """What a network sees of a row and its task's latent, which are the last cells, on a base that may bend."""
+
+    base_of_tasks: TaskEffects
+
+    def expected(self, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale (..., E + L) of every cell given the known ones."""
+        mean, scale = super().expected(cells, known)
+        base = self.base_of_tasks
+        functions = base.functions
+        if functions is None:
+            return mean, scale
+        cells, known = torch.broadcast_tensors(cells, known)
+        number = base.latent_dim
+        settings, answers = base.settings, base.answers
+        anchor = functions.anchor(cells[..., settings], known[..., settings])
+        latent, told = cells[..., -number:], known[..., -number:]
+        centre = anchor.mean + (
+            anchor.directions @ torch.where(told, latent, 0.0).to(anchor.mean).unsqueeze(-1)
+        ).squeeze(-1)
+        open_ = torch.where(told, 0.0, 1.0).to(anchor.mean).unsqueeze(-2)
+        size = (anchor.scale.square() + (anchor.directions * open_).square().sum(-1)).sqrt()
+        centre, size = functions.given_others(centre, size, cells[..., answers], known[..., answers])
+        readable = functions.readable(known[..., settings]).unsqueeze(-1)
+        shape = torch.broadcast_shapes(mean.shape[:-1], centre.shape[:-1])
+        mean, scale = mean.expand(*shape, -1), scale.expand(*shape, -1)
+        centre = torch.where(readable, centre.to(mean), mean[..., answers])
+        size = torch.where(readable, size.to(scale), scale[..., answers])
+        return mean.index_copy(-1, answers, centre), scale.index_copy(-1, answers, size)

@@ -1,0 +1,121 @@
+"""Random functions against the Gaussian process that they approximate, and the law that draws them."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_invman.density.random_functions import RandomFunctions
+from pyro_invman.tasks.effects import TaskEffects
+
+F64 = torch.float64
+NAN = math.nan
+
+
+def bent_tasks(tasks: int, rows: int, seed: int, missing: float = 0.0):
+    """y1 = sin(2 s) + a s + b, y2 = s² + b, with a and b of the task; settings (N, 1), answers (N, 2), task (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    of_task = 0.5 * torch.randn(tasks, 2, generator=generator, dtype=F64)
+    task = torch.arange(tasks).repeat_interleave(rows)
+    s = 4 * torch.rand(tasks * rows, 1, generator=generator, dtype=F64) - 2
+    a, b = of_task[task].unbind(-1)
+    y = torch.stack([(2 * s[:, 0]).sin() + a * s[:, 0] + b, s[:, 0].square() + b], -1)
+    y = y + 0.1 * torch.randn(y.shape, generator=generator, dtype=F64)
+    return s, y.masked_fill(torch.rand(y.shape, generator=generator) < missing, NAN), task
+
+
+@pytest.fixture(scope="module")
+def functions() -> RandomFunctions:
+    return RandomFunctions.fitted(*bent_tasks(60, 10, seed=0, missing=0.2), latent_dim=3)
+
+
+def measured(functions: RandomFunctions, s, y):
+    return functions.measurements(s, ~s.isnan(), y.nan_to_num(0.0), ~y.isnan())
+
+
+@torch.no_grad()
+def test_shared_and_task_functions_are_found(functions):
+    grid = torch.linspace(-1.8, 1.8, 9, dtype=F64).unsqueeze(-1)
+    anchor = functions.anchor(grid, torch.ones_like(grid, dtype=torch.bool))
+    slope, offset = (0.5 * torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=F64)).mean(0)
+    truth = torch.stack([(2 * grid[:, 0]).sin() + slope * grid[:, 0] + offset, grid[:, 0].square() + offset], -1)
+    torch.testing.assert_close(anchor.mean, truth, atol=0.15, rtol=0)
+    assert anchor.scale.max() < 0.25  # noise is 0.1
+    span = anchor.directions[:, 0]
+    basis = torch.stack([grid[:, 0], torch.ones_like(grid[:, 0])], -1)
+    left = basis - span @ torch.linalg.lstsq(span, basis).solution
+    assert left.abs().max() < 0.3
+
+
+@torch.no_grad()
+def test_a_new_task_is_predicted_nearly_as_by_its_own_law(functions):
+    """Excess of the negative log density of four rows given four others, over the exact Bayesian linear model."""
+    s, y, task = bent_tasks(200, 8, seed=1)
+    first = torch.arange(len(s)) % 8 < 4
+    found = measured(functions, s, y).log_evidence(task, 200) - measured(functions, s[first], y[first]).log_evidence(
+        task[first], 200
+    )
+
+    def exact(rows) -> torch.Tensor:
+        number = int(rows.sum()) // 200
+        at, residual = s[rows, 0].reshape(200, number), y[rows].reshape(200, number, 2).clone()
+        residual[..., 0] -= (2 * at).sin()
+        residual[..., 1] -= at.square()
+        design = torch.zeros(200, number, 2, 2, dtype=F64)
+        design[..., 0, 0], design[..., 0, 1], design[..., 1, 1] = 0.5 * at, 0.5, 0.5
+        design = design.flatten(1, 2)
+        law = torch.distributions.LowRankMultivariateNormal(
+            torch.zeros(200, 2 * number, dtype=F64), design, torch.full((200, 2 * number), 0.01, dtype=F64)
+        )
+        return law.log_prob(residual.flatten(1))
+
+    truth = exact(torch.ones_like(first)) - exact(first)
+    assert float((truth - found).mean()) / 8 < 0.25
+
+
+@torch.no_grad()
+def test_far_from_all_rows_the_scale_is_that_of_the_prior(functions):
+    far = torch.tensor([[50.0]], dtype=F64)
+    anchor = functions.anchor(far, torch.ones_like(far, dtype=torch.bool))
+    torch.testing.assert_close(anchor.mean[0], functions.offset)
+    assert (anchor.scale[0] > functions.variances[:, 0].sqrt()).all()
+
+
+@torch.no_grad()
+def test_observations_that_are_not_seen_say_nothing(functions):
+    s, y, _ = bent_tasks(1, 3, seed=2)
+    y[1] = NAN
+    found = measured(functions, s, y)
+    assert not found.directions[1].any() and not found.residuals[1].any()
+    assert found.number.tolist() == [2, 0, 2] and found.log_scale[1] == 0
+
+
+def test_anchors_are_differentiable_in_the_settings(functions):
+    s = torch.tensor([[0.3], [1.2]], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: functions.anchor(t, torch.ones_like(t, dtype=torch.bool)), (s,))
+
+
+@torch.no_grad()
+def test_missing_settings_are_read_as_such_where_training_rows_miss_them():
+    s, y, task = bent_tasks(40, 10, seed=3)
+    extra = torch.randn(len(s), 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    extra[::3] = NAN
+    functions = RandomFunctions.fitted(torch.cat([s, extra], -1), y, task, latent_dim=2)
+    assert functions.optional.tolist() == [False, True]
+    known = torch.tensor([[True, True], [True, False], [False, True]])
+    assert functions.readable(known).tolist() == [True, True, False]
+    settings = torch.tensor([[0.5, NAN]], dtype=F64)
+    assert functions.anchor(settings, ~settings.isnan()).mean.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bends", [True, False])
+def test_functions_are_kept_where_held_out_tasks_are_better_described_by_them(bends):
+    s, y, task = bent_tasks(40, 10, seed=4)
+    if not bends:
+        generator = torch.Generator().manual_seed(1)
+        y = s @ torch.tensor([[1.0, -0.5]], dtype=F64) + torch.randn(40, 2, generator=generator, dtype=F64)[task]
+        y = y + 0.5 * torch.randn(y.shape, generator=generator, dtype=F64)
+    base = TaskEffects([True, False, False], 2)
+    base.fit(torch.cat([s, y], -1), task)
+    assert (base.functions is not None) == bends
