@@ -15,6 +15,12 @@ Parts, each a table of its own in ``results/fewshot-PART.json`` and ``.md``:
     likeness of tasks beside the loss of using one for the other.
 ``cost``
     Milliseconds of `infer_task`, and seconds a step of training against rows and tasks.
+``peers``
+    Melt pools and damped oscillations, simulated: negative log predictive density of rows of fresh tasks after k rows,
+    forward and inverse, beside Gaussian processes, a random forest and a neural process.
+``data``
+    Four real sets (beside the project), a seed for each of five folds over tasks: the same, by ranked probability
+    score.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ import torch
 from torch import Tensor
 
 import pyro_invman as pim
+from benchmarks import fewshot_contest
 from benchmarks.sbi import machine, versions
 from pyro_invman.data import from_tensor, to_tensor
 from pyro_invman.simulators.linear_gaussian import HierarchicalLinearGaussian
@@ -404,6 +411,8 @@ PARTS: dict[str, tuple[Callable[[int, int, Cell], Cell], Callable[[dict[str, Cel
     "growth": (growth, growth_table, 60),
     "typicality": (typicality, typicality_table, 1000),
     "cost": (cost, cost_table, 0),
+    "peers": (fewshot_contest.on_simulated, fewshot_contest.contest_table, 30),
+    "data": (fewshot_contest.on_data, fewshot_contest.contest_table, 0),
 }
 
 
@@ -414,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--tasks", type=int, help="fresh tasks (each part has its own number)")
     parser.add_argument("--max-seconds", type=float, help="wall seconds a fit may take")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that the result files hold")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -421,7 +431,11 @@ def main(argv: list[str] | None = None) -> int:
         run, table, number = PARTS[part]
         path = arguments.out / f"fewshot-{part}.json"
         found: dict[str, Any] = {"machine": machine(), "versions": versions("invman"), "cells": {}}
+        if arguments.resume and path.exists():
+            found = json.loads(path.read_text())
         for seed in arguments.seeds:
+            if str(seed) in found["cells"]:
+                continue
             tasks = number if arguments.tasks is None else arguments.tasks
             found["cells"][str(seed)] = run(seed, tasks, {"max_seconds": arguments.max_seconds})
             text = table(found["cells"])

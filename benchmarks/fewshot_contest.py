@@ -8,19 +8,36 @@ likely values; this package is asked for each conditional as it stands, and scor
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 import pyro_invman as pim
-from benchmarks.fewshot_data import KERNEL, Episode, Fold, RealSet, Scores, draw_scores, grid_scores, records
-from benchmarks.fewshot_peers import PEERS, Peer, gaussian_scores, inverse
-from pyro_invman.data import to_tensor
+from benchmarks.fewshot_data import (
+    KERNEL,
+    Episode,
+    Fold,
+    RealSet,
+    Scores,
+    aggregate,
+    by_task,
+    draw_scores,
+    folds,
+    grid_scores,
+    load,
+    paired,
+    records,
+)
+from benchmarks.fewshot_peers import PEERS, Peer, Table, gaussian_scores, inverse
+from pyro_invman.data import from_columns, to_tensor, variables_of
+from pyro_invman.simulators import melt_pool, oscillations
 
 DRAWS = 512
 
@@ -71,7 +88,7 @@ class OfPeer:
 class Manifold:
     """This package."""
 
-    def __init__(self, latent_dim: int = 4, fit: dict[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(self, latent_dim: int = 8, fit: dict[str, Any] | None = None, **settings: Any) -> None:
         self.latent_dim, self.settings, self.keywords = latent_dim, settings, dict(fit or {})
 
     def fit(self, real: RealSet, fold: Fold, seed: int) -> None:
@@ -129,3 +146,131 @@ def contest(
             yield from records(real, name, asked, k, method.forward(real, asked, k), seed)
             if len(asked.inverse):
                 yield from records(real, name, asked, k, method.inverse(real, fold, asked, k), seed)
+
+
+# ------------------------------------------------------------------------------------------------ simulated sets
+def simulated(name: str, seed: int, tasks: int = 160, new: int = 30) -> RealSet:
+    """A set of `tasks` training tasks of 20 rows and `new` ones of 40, of which 20 are scored.
+
+    ``melt_pool``: its hidden absorptivity and beam are in no column; positive columns as logarithms; inverse of power.
+    ``oscillations``: the displacement as recorded; inverse of time.
+    """
+    simulate, sought, logarithms = {
+        "melt_pool": (melt_pool.simulate, "power_W", True),
+        "oscillations": (oscillations.simulate, "time_s", False),
+    }[name]
+    parts = [simulate(tasks, 20, seed=1_000 + seed), simulate(new, 40, seed=5_000 + seed)]
+    hidden = [column for column in ("absorptivity", "beam_offset_um") if column in parts[0]]
+    parts = [part.drop_vars(hidden) for part in parts]
+    variables = variables_of(parts[0])
+    values = [to_tensor(part, variables).numpy() for part in parts]
+    if logarithms:
+        values = [np.log(part) for part in values]
+    mean, sd = np.nanmean(values[0], 0), np.nanstd(values[0], 0)
+    cells = (np.concatenate(values) - mean) / sd
+    labels = [f"{kind} {t}" for kind, part in zip(("train", "new"), parts, strict=True) for t in part.task.values]
+    roles = {v.name: v.role for v in variables}
+    ds = from_columns({v.name: cells[:, j] for j, v in enumerate(variables)}, roles=roles, task=labels)
+    outputs = tuple(v.name for v in variables if v.role == "observation")
+    inputs = tuple(v.name for v in variables if v.role != "observation")
+    number = np.unique(np.array(labels, object), return_inverse=True)[1]
+    protocol = {"ks": [0, 1, 2, 5, 10, 20], "min_rows": 40, "n_splits": 1, "inv_rows": 8}
+    return RealSet(
+        name=name,
+        ds=ds,
+        table=Table(cells[:, variables.indices(inputs)], cells[:, variables.indices(outputs)], number),
+        columns=inputs,
+        outputs=outputs,
+        sought=sought,
+        tasks=tuple(sorted(set(labels))),
+        measured=np.ones(len(cells), bool),
+        origin=np.arange(len(cells)),
+        group=np.arange(len(cells)),
+        simulated={},
+        protocol=protocol | {"test_frac": 0.5, "test_min": 20, "test_max": 20},
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+RIVALS = ("single_gp", "pooled_gp", "hierarchical_gp", "multitask_gp", "random_forest", "neural_process")
+SIMULATED = ("melt_pool", "oscillations")
+REAL = ("meltpoolnet", "mpea", "warfarin_pkpd", "crossed_barrel")
+OURS = "invman"
+_EARLY = (1, 2, 4, 5)
+Cell = dict[str, Any]
+
+
+def methods_of(fit: Cell) -> dict[str, Callable[[], Method]]:
+    """Who takes part, by name; `fit` holds keywords of this package's fit."""
+    peers: dict[str, Callable[[], Method]] = {name: lambda name=name: OfPeer(name) for name in RIVALS}  # type: ignore[misc]
+    return {OURS: lambda: Manifold(fit=fit)} | peers
+
+
+def on_simulated(seed: int, tasks: int, fit: Cell) -> Cell:
+    """Every method on fresh simulated tasks."""
+    cell: Cell = {}
+    for name in SIMULATED:
+        real = simulated(name, seed, new=tasks)
+        cell[name] = _all(real, folds(real, 1)[0], methods_of(fit), seed)
+    return cell
+
+
+def on_data(seed: int, tasks: int, fit: Cell) -> Cell:
+    """Every method on fold `seed` of five of each real set."""
+    cell: Cell = {}
+    for name in REAL:
+        real = load(name)
+        cell[name] = _all(real, folds(real, 5)[seed], methods_of(fit), seed)
+    return cell
+
+
+def _all(real: RealSet, fold: Fold, methods: dict[str, Callable[[], Method]], seed: int) -> Cell:
+    cell: Cell = {"fit_cpu_s": {}, "records": []}
+    for name, make in methods.items():
+        found = list(contest(real, fold, name, make(), seed))
+        cell["fit_cpu_s"][name] = round(found[0]["fit_cpu_s"], 1)
+        means = by_task(found[1:]).reset_index().drop(columns="set")
+        cell["records"] += json.loads(means.round(5).to_json(orient="records"))
+        print(f"{real.name}, {seed}, {name}: fit {cell['fit_cpu_s'][name]} CPU s", file=sys.stderr, flush=True)
+    return cell
+
+
+def contest_table(cells: dict[str, Cell]) -> str:
+    """Means over tasks of all folds by number of known rows, and paired differences to each rival."""
+    parts = []
+    for name in next(iter(cells.values())):
+        rows = [
+            record | {"set": name, "split": 0, "seed": 0, "output": "all", "task": f"{fold} {record['task']}"}
+            for fold, cell in cells.items()
+            for record in cell[name]["records"]
+        ]
+        table = aggregate(rows).reset_index()
+        for direction in table.direction.unique():
+            score = "nlpd" if name in SIMULATED else "crps"
+            side = table[table.direction == direction]
+            wide = side.assign(k=side.k.astype(str)).pivot_table(index="method", columns="k", values=score, sort=False)
+            methods = [OURS, *(m for m in wide.index if m != OURS)]
+            lines = [f"**{name}, {direction}**, {score}", ""]
+            lines += ["| | " + " | ".join(f"k = {k}" for k in wide) + " | less the rival's, k = 1 … 5 | all k |"]
+            lines += ["|---" * (wide.shape[1] + 3) + "|"]
+            for method in methods:
+                cells_ = " | ".join(f"{value:.3f}" for value in wide.loc[method])
+                apart = " | "
+                if method != OURS:
+                    early = [k for k in side.k.unique() if k in _EARLY]
+                    apart = " | ".join(
+                        f"{d.mean:+.3f} ± {d.error:.3f} ({100 * (d.ratio - 1):+.0f} %)"
+                        for d in (
+                            paired(rows, OURS, method, score, direction, early),
+                            paired(rows, OURS, method, score, direction),
+                        )
+                    )
+                lines.append(f"| {method} | {cells_} | {apart} |")
+            ours = side[side.method == OURS].set_index("k").loc["pooled"]
+            if direction == "forward":
+                lines += ["", f"Coverage of 90 % intervals, this package: {ours.coverage90:.3f}."]
+            parts.append("\n".join(lines))
+    for name, cell in next(iter(cells.values())).items():
+        spent = ", ".join(f"{method} {seconds:.0f}" for method, seconds in cell["fit_cpu_s"].items())
+        parts.append(f"Fit to the first fold of {name}, CPU s: {spent}.")
+    return "\n\n".join(parts)
