@@ -113,6 +113,11 @@ class Context(nn.Module):
         self.base.fit(self.cells(values))
         for g in range(len(self.member_sizes)):
             self.base.exchange(self.first[self.columns_of(g)])
+        self.fit_scores(values)
+
+    @torch.no_grad()
+    def fit_scores(self, values: Tensor) -> None:
+        """Fits the normal scores alone."""
         quantiles = (torch.arange(self.knots.shape[1], dtype=torch.float64) + 0.5) / self.knots.shape[1]
         for j in range(values.shape[1]):
             seen = values[:, j][~values[:, j].isnan()].double()

@@ -2,8 +2,6 @@ r"""The closed-form process under a manifold: linear, or bent where tasks held o
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,6 @@ from pyro_invman.density.context import Context
 from pyro_invman.density.random_effects import Measurements, RandomEffects
 from pyro_invman.density.random_functions import RandomFunctions
 
-_STRENGTHS = (10.0, 50.0)
 _FEWEST_TASKS = 8
 
 
@@ -65,22 +62,14 @@ class TaskEffects(nn.Module):
         apart = (order[: max(2, tasks // 4)] == task.unsqueeze(-1)).any(-1)
         learned = task[~apart].unique(return_inverse=True)[1]
         optional = cells[:, self.settings].isnan().any(0)
+        bent = self._fitted(cells[~apart], learned, seed, optional)
+        read = apart & bent.readable(~cells[:, self.settings].isnan())
+        rows, of = cells[read], task[read].unique(return_inverse=True)[1]
         linear = RandomEffects(self._is_setting(), self.latent_dim)
         linear.fit(cells[~apart], learned)
-        best, chosen, like = -math.inf, None, None
-        for strength in _STRENGTHS:
-            like = self._fitted(cells[~apart], learned, seed, strength, like, optional)
-            read = apart & like.readable(~cells[:, self.settings].isnan())
-            if 2 * int(read.sum()) < int(apart.sum()):
-                return None
-            rows, of = cells[read], task[read].unique(return_inverse=True)[1]
-            if chosen is None and best == -math.inf:
-                alone = linear.measurements(rows.nan_to_num(0.0), ~rows.isnan())
-                best = float(alone.log_evidence(of, int(of.max()) + 1).sum())
-            score = float(self._measured(like, rows).log_evidence(of, int(of.max()) + 1).sum())
-            if score > best:
-                best, chosen = score, strength
-        return None if chosen is None else self._fitted(cells, task, seed, chosen, like)
+        alone = linear.measurements(rows.nan_to_num(0.0), ~rows.isnan())
+        gain = self._measured(bent, rows).log_evidence(of, tasks) - alone.log_evidence(of, tasks)
+        return self._fitted(cells, task, seed, optional, bent) if float(gain.sum()) > 0 else None
 
     def _is_setting(self) -> list[bool]:
         mask = torch.zeros(len(self.settings) + len(self.answers), dtype=torch.bool)
@@ -88,21 +77,13 @@ class TaskEffects(nn.Module):
         return mask.tolist()
 
     def _fitted(
-        self,
-        cells: Tensor,
-        task: Tensor,
-        seed: int,
-        strength: float,
-        like: RandomFunctions | None,
-        optional: Tensor | None = None,
+        self, cells: Tensor, task: Tensor, seed: int, optional: Tensor, like: RandomFunctions | None = None
     ) -> RandomFunctions:
-        answers = cells[:, self.answers]
         return RandomFunctions.fitted(
             cells[:, self.settings],
-            answers,
+            cells[:, self.answers],
             task,
             self.latent_dim,
-            strength=strength,
             seed=seed,
             like=like,
             optional=optional,

@@ -84,7 +84,7 @@ class ManifoldNetwork(nn.Module):
         wide = torch.cat([values, blank], -1)
         cells = context.cells(wide)[:, : len(context.owner) - self.latent_dim]
         self.base.fit(cells, task, bend, seed)
-        context.fit(torch.cat([values, torch.full_like(blank, math.nan)], -1))
+        context.fit_scores(torch.cat([values, torch.full_like(blank, math.nan)], -1))
         mean, covariance = self.base.effects.joint()
         context.base.mean.copy_(mean)
         context.base.covariance.copy_(covariance)
