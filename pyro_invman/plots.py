@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Ellipse
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
+
+    from pyro_invman.tasks.fingerprint import Fingerprint
 
 _POSTERIOR, _PRIOR, _TRUTH = "#20639b", "#b0b7bf", "#d1495b"
 
@@ -101,6 +104,38 @@ def history(record: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("step")
     ax.set_ylabel("loss [nat per cell]")
     ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def task_map(
+    known: Mapping[str, Fingerprint], new: Mapping[str, Fingerprint] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Fingerprints of tasks as points with ellipses of one standard deviation, the `new` ones as stars.
+
+    The axes are the two directions of the latent in which the means of the `known` tasks differ most; a latent of one
+    dimension is drawn against nothing.
+    """
+    if not known:
+        raise ValueError("known: found no task, expected at least one")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.4, 5), constrained_layout=True)
+    means = np.stack([np.asarray(f.mean) for f in known.values()])
+    _, _, directions = np.linalg.svd(means - means.mean(0), full_matrices=True)
+    plane = np.zeros((2, means.shape[1]))
+    plane[: min(2, len(directions))] = directions[:2]
+    for tasks, colour, weight in ((known, _POSTERIOR, 0.35), (new or {}, _TRUTH, 0.9)):
+        for name, found in tasks.items():
+            x, y = plane @ np.asarray(found.mean)
+            size, turn = np.linalg.eigh(plane @ np.asarray(found.covariance) @ plane.T)
+            width, height = 2 * np.sqrt(size.clip(0))
+            angle = np.degrees(np.arctan2(turn[1, 0], turn[0, 0]))
+            ax.add_patch(Ellipse((x, y), width, height, angle=angle, fill=False, color=colour, alpha=weight, lw=0.8))
+            ax.plot(x, y, "." if tasks is known else "*", ms=5 if tasks is known else 11, color=colour)
+            if tasks is not known or len(known) <= 40:
+                ax.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6, color=colour)
+    ax.set_xlabel("first direction of the latent [prior standard deviations]")
+    ax.set_ylabel("second direction of the latent [prior standard deviations]")
+    ax.set_aspect("equal", adjustable="datalim")
     return ax
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pyro_invman import plots
+from pyro_invman.tasks.fingerprint import Fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,19 @@ def test_history_marks_the_best_step():
 def test_save_writes_a_picture_and_closes_it(tmp_path):
     plots.save(plots.corner(np.zeros((9, 1)) + np.arange(9)[:, None], ["x"], [""]), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and not plt.get_fignums()
+
+
+def test_task_map_shows_the_directions_in_which_tasks_differ():
+    along = torch.tensor([3.0, 4.0, 0.0, 0.0]).double() / 5
+    beliefs = {f"t{i}": Fingerprint(i * along, 0.04 * torch.eye(4).double(), 1.0) for i in range(-3, 4)}
+    ax = plots.task_map(beliefs, new={"mine": Fingerprint(2.5 * along, torch.eye(4).double(), 0.5)})
+    places = sorted(abs(float(line.get_xdata()[0])) for line in ax.lines)
+    np.testing.assert_allclose(places, [0, 1, 1, 2, 2, 2.5, 3, 3], atol=1e-9)
+    widths = [patch.width for patch in ax.patches]
+    np.testing.assert_allclose(widths, [0.4] * 7 + [2.0])
+    assert ax.texts[-1].get_text() == "mine" and "prior standard deviations" in ax.get_xlabel()
+
+
+def test_task_map_of_one_latent_dimension():
+    ax = plots.task_map({"a": Fingerprint(torch.ones(1).double(), torch.eye(1).double(), 0.1)})
+    assert abs(float(ax.lines[0].get_xdata()[0])) == 1 and float(ax.lines[0].get_ydata()[0]) == 0
