@@ -86,7 +86,7 @@ class OfPeer:
 
 
 class Manifold:
-    """This package."""
+    """This package, as it comes but for a latent of eight dimensions instead of four."""
 
     def __init__(self, latent_dim: int = 8, fit: dict[str, Any] | None = None, **settings: Any) -> None:
         self.latent_dim, self.settings, self.keywords = latent_dim, settings, dict(fit or {})

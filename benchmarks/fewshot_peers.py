@@ -812,17 +812,3 @@ def gaussian_scores(y: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> dict[str
         "crps": sd * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi)),
         "coverage90": np.where(np.isnan(z), np.nan, np.abs(z) <= 1.6448536269514722),
     }
-
-
-def grid_nlpd(weights: np.ndarray, grid: np.ndarray, truth: np.ndarray, width: float) -> np.ndarray:
-    """Negative log density (M,) at the truth (M,) of normals of sd `width` about the grid (G,), weighted (M, G)."""
-    z = (truth[:, None] - grid) / width
-    with np.errstate(divide="ignore"):
-        log_weight = np.log(weights)
-    return -logsumexp(log_weight - z**2 / 2, 1) + math.log(width * math.sqrt(2 * math.pi))
-
-
-def grid_crps(weights: np.ndarray, grid: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    r"""CRPS (M,) of weights (M, G) on a grid, :math:`E|g - x| - E|g - g'| / 2`."""
-    apart = np.abs(grid[:, None] - grid)
-    return (weights * np.abs(grid - truth[:, None])).sum(1) - np.einsum("mg,gh,mh->m", weights, apart, weights) / 2

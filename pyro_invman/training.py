@@ -236,7 +236,10 @@ def train(
         rows = torch.randint(num_rows, (plan.batch_size,), generator=state.generator)
         with torch.random.fork_rng(devices=[]):  # what is left out in a step depends on seed and step alone
             torch.manual_seed(seed + 1_000_003 * state.step)
-            value = loss(module.train(), rows, state.generator)
+            try:
+                value = loss(module.train(), rows, state.generator)
+            finally:  # a run that is interrupted must not go on leaving units out of its answers
+                module.eval()
         if not torch.isfinite(value):
             raise FloatingPointError(f"training: the loss became {value.item()} at step {state.step + 1}")
         for optimizer in state.optimizers:
@@ -261,7 +264,6 @@ def train(
     if state.running:
         _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
     module.load_state_dict(state.best)
-    module.eval()
     return state.history
 
 

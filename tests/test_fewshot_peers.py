@@ -10,6 +10,7 @@ import torch
 from scipy import integrate
 from scipy.stats import norm
 
+from benchmarks.fewshot_data import grid_scores
 from benchmarks.fewshot_peers import (
     PEERS,
     Cells,
@@ -24,8 +25,6 @@ from benchmarks.fewshot_peers import (
     Table,
     balanced,
     gaussian_scores,
-    grid_crps,
-    grid_nlpd,
     inverse,
     whole_tasks,
 )
@@ -183,11 +182,12 @@ def test_grid_scores_are_those_of_mixtures() -> None:
     weights = np.stack([norm.pdf(grid, 0, 1), norm.pdf(grid, 0.5, 0.8)])
     weights /= weights.sum(1, keepdims=True)
     exact = gaussian_scores(truth, np.array([0, 0.5]), np.array([1, 0.8]))
-    np.testing.assert_allclose(grid_crps(weights, grid, truth), exact["crps"], rtol=1e-4)
+    found = grid_scores(truth, weights, grid, 0.15)
+    np.testing.assert_allclose(found["crps"], exact["crps"], rtol=1e-4)
     wide = np.sqrt(np.array([1, 0.64]) + 0.15**2)
-    np.testing.assert_allclose(grid_nlpd(weights, grid, truth, 0.15), -norm.logpdf(truth, [0, 0.5], wide), rtol=1e-5)
+    np.testing.assert_allclose(found["nlpd"], -norm.logpdf(truth, [0, 0.5], wide), rtol=1e-5)
     point = np.array([[0.0, 1.0]])
-    np.testing.assert_allclose(grid_crps(point, np.array([0.0, 2.0]), np.array([0.5])), [1.5])
+    np.testing.assert_allclose(grid_scores(np.array([0.5]), point, np.array([0.0, 2.0]))["crps"], [1.5])
 
 
 def test_missing_inputs_are_flagged_where_training_rows_lack_them() -> None:

@@ -53,7 +53,7 @@ class RandomFunctions(nn.Module):
     A missing setting shows as its mean and, where training rows lack it too, as an indicator.
 
     Arguments:
-        inducing, own_inducing: numbers of inducing rows of the shared and the task functions.
+        sizes: the shapes of what is learned, as `sizes` gives them; `fitted` makes one from rows.
 
     References:
         Bonilla, Chai & Williams, *Multi-task Gaussian process prediction*, NeurIPS 2007.
@@ -177,6 +177,9 @@ class RandomFunctions(nn.Module):
 
         Arguments:
             strength: degrees of freedom of the prior about the kernel's covariance of task functions.
+            inducing, own_inducing: numbers of inducing rows of the shared and the task functions, at most.
+            iterations: rounds of expectation–maximisation.
+            seed: of the choice of tasks that length scales and variances are found on.
             like: take length scales and variances from here.
             optional: settings (S,) that may be missing, beside those that are missing here.
         """
@@ -366,8 +369,9 @@ def _inducing(x: Tensor, rates: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 def _some_tasks(task: Tensor, most: int, each: int, generator: torch.Generator) -> Tensor:
     """Rows of whole tasks (at most `each` of one), about `most` in all."""
-    found: list[Tensor] = []
-    for t in torch.randperm(int(task.max()) + 1, generator=generator).tolist():
+    found = [task.new_empty(0)]
+    names = task.unique()
+    for t in names[torch.randperm(len(names), generator=generator)]:
         rows = (task == t).nonzero()[:, 0]
         found.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
         if sum(map(len, found)) >= most:
@@ -381,9 +385,7 @@ def _hyperparameters(
     """The mode of one observation's marginal likelihood on some whole tasks, under wide priors, from three starts."""
     generator = torch.Generator().manual_seed(seed)
     rows = seen.nonzero()[:, 0]
-    rows = (
-        rows[:0] if not len(rows) else rows[_some_tasks(task[rows].unique(return_inverse=True)[1], most, 20, generator)]
-    )
+    rows = rows[_some_tasks(task[rows], most, 20, generator)]
     x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
     own = x[:, varying]
     inputs, owned = x.shape[1], own.shape[1]

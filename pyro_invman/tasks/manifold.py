@@ -105,7 +105,7 @@ class ProcessManifold(PyroModule):
     def from_dataset(
         cls, ds: xr.Dataset, latent_dim: int = 4, task_prior: str = "normal", seed: int = 0, **settings: Any
     ) -> ProcessManifold:
-        """An untrained manifold for the variables of `ds`, standing on the linear process fitted to its tasks.
+        """An untrained manifold for the variables of `ds`, standing on the closed form fitted to its tasks.
 
         Raises:
             DataError: the data cannot be learned from, or have no task column.
@@ -173,7 +173,7 @@ class ProcessManifold(PyroModule):
 
         Arguments:
             seed: of the split, the batches and the draws.
-            max_seconds: wall time at most.
+            max_seconds: wall time of the training at most; the closed form is fitted before it.
             queries: shares of the kinds of query, for conditionals of a row given its latent.
             aims: weights of what is trained for.
             schedule: learning rate, steps, patience; a batch counts tasks.
