@@ -30,7 +30,7 @@ def functions() -> RandomFunctions:
 
 
 def measured(functions: RandomFunctions, s, y):
-    return functions.measurements(s, ~s.isnan(), y.nan_to_num(0.0), ~y.isnan())
+    return functions.measurements(functions.anchor(s, ~s.isnan()), y.nan_to_num(0.0), ~y.isnan())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +115,12 @@ class AnyOrderFlow(nn.Module):
         """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""
         self.context.fit(values)
 
-    def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor) -> Parameters:
+    def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor, anchor: Any = None) -> Parameters:
         """What the heads of `targets` (..., T) need, given the cells of `values` (..., D) that are `known` (..., D).
 
         `known` may be smaller and broadcast: rows with the same cells known share the work of the Gaussian base.
         """
-        seen = self.context(values, known)
+        seen = self.context(values, known, anchor)
         hidden = self.backbone(seen)
         cells = self.context.first[targets]
         mean, scale = seen.mean.gather(-1, cells), seen.scale.gather(-1, cells)
@@ -152,13 +152,15 @@ class AnyOrderFlow(nn.Module):
         loc = loc.maximum(bounds[0].unsqueeze(-1) - reach).minimum(bounds[1].unsqueeze(-1) + reach)
         return Mixture(logits, loc, scale, *bounds)
 
-    def cell_log_prob(self, values: Tensor, known: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
+    def cell_log_prob(
+        self, values: Tensor, known: Tensor, targets: Tensor, answers: Tensor, anchor: Any = None
+    ) -> Tensor:
         """log p(answer | known cells) (..., T) of each target on its own.
 
         `values` (..., D) is read where `known` (..., D) is true, and the two broadcast; `targets` (..., T) are columns,
         `answers` (..., T) their values.
         """
-        return self._score(self.parameters_of(values, known, targets), targets, answers)
+        return self._score(self.parameters_of(values, known, targets, anchor), targets, answers)
 
     def _score(self, parameters: Parameters, targets: Tensor, answers: Tensor) -> Tensor:
         raw, mean, scale, logits = parameters
@@ -176,11 +178,11 @@ class AnyOrderFlow(nn.Module):
         beyond = torch.arange(self.max_levels, device=logits.device) >= levels
         return logits.masked_fill(beyond, -math.inf).log_softmax(-1)
 
-    def _ask(self, row: Tensor, known: Tensor, target: int) -> tuple[Parameters, Tensor]:
+    def _ask(self, row: Tensor, known: Tensor, target: int, anchor: Any) -> tuple[Parameters, Tensor]:
         """Parameters of one target for rows (..., D), and its column as a tensor (...,)."""
         shape = torch.broadcast_shapes(row.shape, known.shape)[:-1]
         column = torch.full(shape, target, dtype=torch.long, device=row.device)
-        raw, mean, scale, logits = self.parameters_of(row, known, column.unsqueeze(-1))
+        raw, mean, scale, logits = self.parameters_of(row, known, column.unsqueeze(-1), anchor)
         return Parameters(
             raw.squeeze(-2),
             mean.squeeze(-1),
@@ -200,6 +202,7 @@ class AnyOrderFlow(nn.Module):
         targets: Sequence[int],
         answers: Tensor,
         wanted: Tensor | None = None,
+        anchor: Any = None,
     ) -> Tensor:
         r"""Exact :math:`\log p(t \mid g)` in one pass.
 
@@ -208,6 +211,7 @@ class AnyOrderFlow(nn.Module):
             targets: n columns, in the order of the chain.
             answers: their values (sample..., ..., n), broadcasting against `given` from the right.
             wanted: which answers count (sample..., ..., n); the others are marginalised. None: all.
+            anchor: what the base has worked out for the given rows, if no target changes it (`TaskContext`).
 
         Returns:
             (sample..., ...)
@@ -218,7 +222,7 @@ class AnyOrderFlow(nn.Module):
         if wanted is not None:  # anything inside the support serves where a target does not count
             inside = (0.5 * (self.lower + self.upper)).nan_to_num(0.0)
             answers = torch.where(wanted, answers, inside[list(targets)])
-        parameters, column = self._ask(given, known, targets[0])  # once a given row, however many answers
+        parameters, column = self._ask(given, known, targets[0], anchor)  # once a given row, however many answers
         terms = [self._score(parameters, column, answers[..., 0]).expand(shape).unsqueeze(-1)]
         later = targets[1:]
         if later:
@@ -232,7 +236,9 @@ class AnyOrderFlow(nn.Module):
                 masks.append(seen)
             columns = torch.tensor(list(later), device=given.device).expand(*shape, len(later)).unsqueeze(-1)
             right = answers[..., 1:].expand(*shape, len(later)).unsqueeze(-1)
-            scores = self.cell_log_prob(torch.stack(rows, -2), torch.stack(masks, -2), columns, right).squeeze(-1)
+            rows_, masks_ = torch.stack(rows, -2), torch.stack(masks, -2)
+            deeper = None if anchor is None else anchor.deeper()
+            scores = self.cell_log_prob(rows_, masks_, columns, right, deeper).squeeze(-1)
             terms.append(scores)
         joined = torch.cat(terms, -1)
         return (joined if wanted is None else torch.where(wanted, joined, 0.0)).sum(-1)
@@ -245,18 +251,19 @@ class AnyOrderFlow(nn.Module):
         shape: Sequence[int],
         uniform: Tensor | None = None,
         generator: torch.Generator | None = None,
+        anchor: Any = None,
     ) -> Tensor:
         """Draws (*shape, n) of the targets, one chain each.
 
         Arguments:
-            given, known: as in `log_prob`; they broadcast against `shape` from the right.
+            given, known, anchor: as in `log_prob`; they broadcast against `shape` from the right.
             uniform: (*shape, n) in (0, 1): each target is its quantile there, differentiable in the given cells and in
                 the weights. None: plain draws, without gradient.
         """
         shape = torch.Size(shape)
         row, seen, drawn = given, known, []
         for k, target in enumerate(targets):
-            parameters, column = self._ask(row, seen, target)
+            parameters, column = self._ask(row, seen, target, anchor)
             raw, mean, scale, logits = parameters
             if logits is not None and self.layout.levels[target]:
                 mass = self._log_mass(logits, column).exp().expand(*shape, self.max_levels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,14 +134,17 @@ class Context(nn.Module):
         slope = (self.scores[right] - self.scores[right - 1]) / (above - below).clamp_min(1e-6)
         return (self.scores[right - 1] + slope * (flat - below)).clamp(-4, 4).reshape(values.shape)
 
-    def forward(self, values: Tensor, known: Tensor) -> Seen:
-        """`values` (..., D) in working coordinates, read where `known` (..., D); the two broadcast."""
+    def forward(self, values: Tensor, known: Tensor, anchor: Any = None) -> Seen:
+        """`values` (..., D) in working coordinates, read where `known` (..., D); the two broadcast.
+
+        `anchor` is what a base has worked out for the row already.
+        """
         values = torch.where(known, values, 0.0)
         cells, known_cells, scores = self.cells(values), known, self.normal_scores(values)
         if self.discrete:
             known_cells = known[..., self.owner]
             scores = torch.where(self.categorical[self.owner], 0.0, scores[..., self.owner])
-        mean, scale = self.expected(cells, known_cells)
+        mean, scale = self.expected(cells, known_cells, anchor)
         shown = (
             cells,
             scores,
@@ -152,7 +155,7 @@ class Context(nn.Module):
         members = [seen[..., self.first[self.columns_of(g)], :].flatten(-2) for g in range(len(self.member_sizes))]
         return Seen(seen[..., self.single, :] if members else seen, members, mean, scale)
 
-    def expected(self, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def expected(self, cells: Tensor, known: Tensor, anchor: Any = None) -> tuple[Tensor, Tensor]:
         """Mean and scale (..., E) of every cell given the known ones, leave-one-out where it is itself known."""
         mean, scale = self.base.condition(cells, known)
         return mean, scale

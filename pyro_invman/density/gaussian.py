@@ -115,17 +115,18 @@ class GaussianBase(nn.Module):
         """Mean and scale of every cell given the known ones (leave-one-out where the cell is itself known).
 
         `values` (..., D) is read where `known` (..., D) is true, and may hold anything finite elsewhere. The two
-        broadcast, and a block is inverted once for each row of `known`: rows with the same cells known share the cost.
+        broadcast, and a block is inverted once for each distinct row of `known`.
         Differentiable in `values`; comes back in their dtype.
         """
         centred = torch.where(known, values.to(self.mean) - self.mean, 0.0)
-        gain, precision = _gain(self.covariance, known)
-        weighted = torch.einsum("...ij,...j->...i", precision, centred)
+        patterns, of_row = distinct(known)
+        gain, precision = _gain(self.covariance, patterns)
         diagonal = precision.diagonal(dim1=-2, dim2=-1)
         explained = (gain * self.covariance).sum(-1)
-        variance = torch.where(known, 1.0 / diagonal, self.covariance.diagonal() - explained)
-        mean = self.mean + torch.where(known, centred - weighted / diagonal, weighted @ self.covariance)
-        scale = variance.maximum(self.ridge * self.covariance.diagonal()).sqrt()
+        variance = torch.where(patterns, 1.0 / diagonal, self.covariance.diagonal() - explained)
+        scale = variance.maximum(self.ridge * self.covariance.diagonal()).sqrt()[of_row]
+        weighted = torch.einsum("...ij,...j->...i", precision[of_row], centred)
+        mean = self.mean + torch.where(known, centred - weighted / diagonal[of_row], weighted @ self.covariance)
         return Conditional(mean.to(values), scale.to(values).expand(mean.shape))
 
     def log_prob(self, values: Tensor) -> Tensor:
@@ -139,6 +140,20 @@ class GaussianBase(nn.Module):
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         dimension = observed.sum(-1)
         return (-0.5 * white.square().sum(-1) - log_det - 0.5 * dimension * math.log(2 * math.pi)).to(values)
+
+
+def distinct(known: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows (U, D) of a mask (..., D), and which of them each is (...)."""
+    shape, dim = known.shape[:-1], known.shape[-1]
+    flat = known.reshape(-1, dim)
+    if torch._C._get_tracing_state() or len(flat) == 1:  # a trace must not depend on values
+        return flat, torch.arange(len(flat), device=known.device).reshape(shape)
+    if dim > 62:
+        patterns, index = flat.unique(dim=0, return_inverse=True)
+        return patterns, index.reshape(shape)
+    code = (flat.long() << torch.arange(dim, device=known.device)).sum(-1)
+    codes, index = code.unique(return_inverse=True)
+    return (codes.unsqueeze(-1) >> torch.arange(dim, device=known.device)) & 1 == 1, index.reshape(shape)
 
 
 def _gain(covariance: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_invman.density.gaussian import distinct
+
 
 class Measurements(NamedTuple):
     """What rows measure of their task's latent, with unit noise: directions U (..., M, L), residuals r (..., M), the
@@ -97,9 +99,10 @@ class RandomEffects(nn.Module):
         """What rows (..., E) measure of the latent, zero where nothing was measured."""
         seen = known[..., self.order]
         covariance = self.covariance[self.order][:, self.order]
-        both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+        patterns, of_row = distinct(seen)
+        both = patterns.unsqueeze(-1) & patterns.unsqueeze(-2)
         eye = torch.eye(len(self.order), dtype=torch.float64, device=values.device)
-        factor = torch.linalg.cholesky(torch.where(both, covariance, eye))
+        factor = torch.linalg.cholesky(torch.where(both, covariance, eye))[of_row]
         residual = torch.where(seen, values[..., self.order].to(self.mean) - self.mean[self.order], 0.0)
         loading = torch.where(seen.unsqueeze(-1), self.loading[self.order], 0.0).expand(*residual.shape, -1)
         sides = torch.cat([loading, residual.unsqueeze(-1)], -1)

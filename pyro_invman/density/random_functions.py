@@ -27,6 +27,10 @@ class Anchor(NamedTuple):
     scale: Tensor
     directions: Tensor
 
+    def deeper(self) -> Anchor:
+        """With one more dimension behind those of the rows, against which several cells of a row broadcast."""
+        return Anchor(self.mean.unsqueeze(-2), self.scale.unsqueeze(-2), self.directions.unsqueeze(-3))
+
 
 class _Hyperparameters(NamedTuple):
     """Of one observation: length scales (P,) and (V,) of the shared and the task function; variances of the shared
@@ -110,7 +114,7 @@ class RandomFunctions(nn.Module):
     def inputs(self, settings: Tensor, known: Tensor) -> Tensor:
         """What the kernels see (..., P) of settings (..., S), read where `known`."""
         shown = torch.where(known, settings.to(_FLOAT) - self.centre, 0.0)
-        return torch.cat([shown, (~known).to(_FLOAT)[..., self.optional]], -1)
+        return torch.cat([shown, (~known.expand_as(shown)).to(_FLOAT)[..., self.optional]], -1)
 
     def readable(self, known: Tensor) -> Tensor:
         """Whether rows (...) know every setting that training rows always know."""
@@ -142,9 +146,9 @@ class RandomFunctions(nn.Module):
         apart = self.residuals.condition(residual, seen)
         return mean + scale * apart.mean, scale * apart.scale
 
-    def measurements(self, settings: Tensor, known: Tensor, answers: Tensor, seen: Tensor) -> Measurements:
+    def measurements(self, anchor: Anchor, answers: Tensor, seen: Tensor) -> Measurements:
         """What rows measure of the latent; zero where an observation (..., M) is not `seen`."""
-        mean, scale, directions = self.anchor(settings, known)
+        mean, scale, directions = anchor
         residual = torch.where(seen, (answers.to(_FLOAT) - mean) / scale, 0.0)
         directions = torch.where(seen.unsqueeze(-1), directions / scale.unsqueeze(-1), 0.0)
         eye = torch.eye(self.num_observations, dtype=_FLOAT, device=mean.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_invman.density.context import Context
 from pyro_invman.density.random_effects import Measurements, RandomEffects
-from pyro_invman.density.random_functions import RandomFunctions
+from pyro_invman.density.random_functions import Anchor, RandomFunctions
 
 _FEWEST_TASKS = 8
 
@@ -91,19 +91,25 @@ class TaskEffects(nn.Module):
 
     def _measured(self, functions: RandomFunctions, cells: Tensor) -> Measurements:
         known, filled = ~cells.isnan(), cells.nan_to_num(0.0)
-        return functions.measurements(
-            filled[..., self.settings], known[..., self.settings], filled[..., self.answers], known[..., self.answers]
-        )
+        anchor = functions.anchor(filled[..., self.settings], known[..., self.settings])
+        return functions.measurements(anchor, filled[..., self.answers], known[..., self.answers])
 
-    def measurements(self, cells: Tensor, known: Tensor) -> Measurements:
-        """What rows (..., E) with cells `known` measure of the latent."""
-        linear = self.effects.measurements(cells, known)
+    def anchor(self, cells: Tensor, known: Tensor) -> Anchor | None:
+        """What the settings of rows (..., E) with cells `known` say of their observations; None where it is linear."""
         if self.functions is None:
-            return linear
-        bent = self.functions.measurements(
-            cells[..., self.settings], known[..., self.settings], cells[..., self.answers], known[..., self.answers]
-        )
+            return None
+        return self.functions.anchor(cells[..., self.settings], known[..., self.settings])
+
+    def measurements(self, cells: Tensor, known: Tensor, anchor: Anchor | None = None) -> Measurements:
+        """What rows (..., E) with cells `known` measure of the latent; `anchor` as it was worked out for them."""
+        if self.functions is None:
+            return self.effects.measurements(cells, known)
+        anchor = anchor or self.functions.anchor(cells[..., self.settings], known[..., self.settings])
+        bent = self.functions.measurements(anchor, cells[..., self.answers], known[..., self.answers])
         readable = self.functions.readable(known[..., self.settings])
+        if bool(readable.all()):
+            return bent
+        linear = self.effects.measurements(cells, known)
         joined = []
         for a, b in zip(bent, linear, strict=True):
             joined.append(torch.where(readable.reshape(*readable.shape, *[1] * (a.dim() - readable.dim())), a, b))
@@ -115,21 +121,25 @@ class TaskContext(Context):
 
     base_of_tasks: TaskEffects
 
-    def expected(self, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale (..., E + L) of every cell given the known ones."""
+    def row_cells(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells (..., E) of working rows (..., D) without a latent, and which are known, of rows with NaN."""
+        blank = rows.new_zeros(*rows.shape[:-1], self.base_of_tasks.latent_dim)
+        cells = self.cells(torch.cat([rows, blank], -1))[..., : -self.base_of_tasks.latent_dim]
+        return cells.nan_to_num(0.0), ~cells.isnan()
+
+    def expected(self, cells: Tensor, known: Tensor, anchor: Anchor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and scale (..., E + L) of every cell given the known ones; `anchor` as it was worked out for the row."""
         mean, scale = super().expected(cells, known)
         base = self.base_of_tasks
         functions = base.functions
         if functions is None:
             return mean, scale
-        cells, known = torch.broadcast_tensors(cells, known)
         number = base.latent_dim
         settings, answers = base.settings, base.answers
-        anchor = functions.anchor(cells[..., settings], known[..., settings])
-        latent, told = cells[..., -number:], known[..., -number:]
-        centre = anchor.mean + (
-            anchor.directions @ torch.where(told, latent, 0.0).to(anchor.mean).unsqueeze(-1)
-        ).squeeze(-1)
+        anchor = anchor or functions.anchor(cells[..., settings], known[..., settings])
+        told = known[..., -number:]
+        latent = torch.where(told, cells[..., -number:], 0.0).to(anchor.mean)
+        centre = anchor.mean + torch.einsum("...ml,...l->...m", anchor.directions, latent)
         open_ = torch.where(told, 0.0, 1.0).to(anchor.mean).unsqueeze(-2)
         size = (anchor.scale.square() + (anchor.directions * open_).square().sum(-1)).sqrt()
         centre, size = functions.given_others(centre, size, cells[..., answers], known[..., answers])

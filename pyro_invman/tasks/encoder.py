@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pyro_invman.density.backbones import MaskedMLP
 from pyro_invman.density.context import Context
-from pyro_invman.tasks.effects import TaskEffects
+from pyro_invman.density.random_functions import Anchor
+from pyro_invman.tasks.effects import TaskContext, TaskEffects
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _MORE = 2  # measurements a row may be worth beyond its number of observations
@@ -85,23 +86,24 @@ class TaskEncoder(nn.Module):
 
     def forward(
         self,
-        context: Context,
-        base: TaskEffects,
+        context: TaskContext,
         rows: Tensor,
-        known: Tensor,
         evident: Tensor,
         prior: Belief,
+        anchor: Anchor | None = None,
     ) -> Belief:
-        """The belief (..., ) about tasks whose rows are `rows` (..., K, D) with cells `known` (..., K, D).
+        """The belief (..., ) about tasks with working rows (..., K, D), NaN where a cell is missing.
 
-        `evident` (..., K) says which rows have an observation; `prior` (...) is the belief before.
+        `evident` (..., K) says which rows have an observation, `prior` (...) is the belief before; `anchor` is what the
+        base has worked out for the rows.
         """
         if rows.shape[-2] == 0:
             return prior
         with torch.no_grad():
-            measured = known if not context.discrete else known[..., context.owner[: -self.latent_dim]]
-            cells = self._cells(context, rows)
-            directions, residuals = (part.to(rows) for part in base.measurements(cells, measured)[:2])
+            base, (cells, measured) = context.base_of_tasks, context.row_cells(rows)
+            anchor = anchor or base.anchor(cells, measured)
+            directions, residuals = (part.to(rows) for part in base.measurements(cells, measured, anchor)[:2])
+        known, rows = ~rows.isnan(), rows.nan_to_num(0.0)
         blank = rows.new_zeros(*rows.shape[:-1], self.latent_dim)
         unknown = torch.zeros_like(blank, dtype=torch.bool)
         counted = evident.to(rows).unsqueeze(-1)
@@ -111,7 +113,7 @@ class TaskEncoder(nn.Module):
             spread = factor.square().sum(-1).sqrt()
             known_latent = unknown if turn == 0 else ~unknown
             shown = blank + mean.detach().unsqueeze(-2) if turn else blank
-            seen = context(torch.cat([rows, shown], -1), torch.cat([known, known_latent], -1))
+            seen = context(torch.cat([rows, shown], -1), torch.cat([known, known_latent], -1), anchor)
             beside = torch.cat(
                 [
                     spread.detach().log().unsqueeze(-2).expand_as(blank),
@@ -132,9 +134,3 @@ class TaskEncoder(nn.Module):
             u, e = u.flatten(-3, -2), e.flatten(-3, -2)
             belief = Belief(prior.precision + u.mT @ u, prior.shift + (u.mT @ e).squeeze(-1))
         return belief
-
-    def _cells(self, context: Context, rows: Tensor) -> Tensor:
-        if not context.discrete:
-            return rows
-        blank = rows.new_zeros(*rows.shape[:-1], self.latent_dim)
-        return context.cells(torch.cat([rows, blank], -1))[..., : -self.latent_dim]

@@ -85,9 +85,8 @@ def _importance(network: ManifoldNetwork, rows: Tensor, before: Belief, belief: 
     proposed = torch.logaddexp(
         math.log1p(-share) + belief.log_prob(proposals), math.log(share) + before.log_prob(proposals)
     )
-    evidence = torch.cat(
-        [network.evidence_of(rows, z.unsqueeze(-2)).sum(-1) for z in proposals.split(max(1, 65_536 // len(rows)))]
-    )
+    anchor, parts = network.anchor(rows), proposals.split(max(1, 65_536 // len(rows)))
+    evidence = torch.cat([network.evidence_of(rows, z.unsqueeze(-2), anchor).sum(-1) for z in parts])
     log_weights = (before.log_prob(proposals) + evidence - proposed).double()
     log_weights, k_hat = _smoothed(log_weights - log_weights.max())
     log_weights = log_weights.to(proposals)
@@ -111,11 +110,11 @@ def _smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def _posterior(network: ManifoldNetwork, rows: Tensor, before: Belief) -> Callable[[], None]:
-    prior = normal(before)
+    prior, anchor = normal(before), network.anchor(rows)
 
     def model() -> None:
         latent = pyro.sample("z", prior)
-        pyro.factor("rows", network.evidence_of(rows, latent.unsqueeze(-2)).sum(-1))
+        pyro.factor("rows", network.evidence_of(rows, latent.unsqueeze(-2), anchor).sum(-1))
 
     return model
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix, query_loss
+from pyro_invman.density.random_functions import Anchor
 from pyro_invman.tasks.effects import TaskContext, TaskEffects
 from pyro_invman.tasks.encoder import Belief, TaskEncoder
 from pyro_invman.tasks.prior import GaussianProcessPrior, NormalPrior
@@ -74,17 +75,21 @@ class ManifoldNetwork(nn.Module):
         self.prior: NormalPrior | GaussianProcessPrior = NormalPrior(latent_dim)
         self.columns: list[int] = evidence.nonzero()[:, 0].tolist()
 
+    @property
+    def context(self) -> TaskContext:
+        """Of the flow."""
+        return self.flow.context  # type: ignore[return-value]
+
     @torch.no_grad()
     def fit_base(self, values: Tensor, task: Tensor, bend: bool = True, seed: int = 0) -> None:
         """Fits the closed-form process, linear unless it may `bend`, to working rows (N, D) of tasks (N,), and stands
         the flow on it."""
-        context = self.flow.context
+        context = self.context
         self.constant.copy_(constant_columns(values, task))
-        blank = values.new_zeros(len(values), self.latent_dim)
-        wide = torch.cat([values, blank], -1)
-        cells = context.cells(wide)[:, : len(context.owner) - self.latent_dim]
-        self.base.fit(cells, task, bend, seed)
-        context.fit_scores(torch.cat([values, torch.full_like(blank, math.nan)], -1))
+        cells, known = context.row_cells(values)
+        self.base.fit(torch.where(known, cells, math.nan), task, bend, seed)
+        blank = values.new_full((len(values), self.latent_dim), math.nan)
+        context.fit_scores(torch.cat([values, blank], -1))
         mean, covariance = self.base.effects.joint()
         context.base.mean.copy_(mean)
         context.base.covariance.copy_(covariance)
@@ -100,30 +105,40 @@ class ManifoldNetwork(nn.Module):
         mean, variance = mean.to(self.flow.dtype), variance.to(self.flow.dtype)
         return Belief(torch.diag_embed(1 / variance), mean / variance)
 
-    def infer(self, rows: Tensor, before: Belief) -> Belief:
-        """q(z | rows) of working rows (..., K, D) with NaN."""
-        known = ~rows.isnan()
-        evident = (known & self.evidence).any(-1)
-        return self.encoder(self.flow.context, self.base, rows.nan_to_num(0.0), known, evident, before)
+    def anchor(self, rows: Tensor) -> Anchor | None:
+        """What the base says of working rows (..., D) by their settings alone; None where it has nothing to work out.
 
-    def evidence_of(self, rows: Tensor, latent: Tensor) -> Tensor:
+        Asked once, it serves every latent and every observation of the rows.
+        """
+        return self.base.anchor(*self.context.row_cells(rows))
+
+    def infer(self, rows: Tensor, before: Belief, anchor: Anchor | None = None) -> Belief:
+        """q(z | rows) of working rows (..., K, D) with NaN."""
+        return self.encoder(self.context, rows, (~rows.isnan() & self.evidence).any(-1), before, anchor)
+
+    def evidence_of(self, rows: Tensor, latent: Tensor, anchor: Anchor | None = None) -> Tensor:
         """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN; `latent` broadcasts against (..., K, L)."""
+        anchor = anchor or self.anchor(rows)
         known = ~rows.isnan()
         row = rows.nan_to_num(0.0)
         shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
         given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
         seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
         wanted = known[..., self.columns]
-        return self.flow.log_prob(given, seen, self.columns, row[..., self.columns].expand(*shape, -1), wanted)
+        answers = row[..., self.columns].expand(*shape, -1)
+        return self.flow.log_prob(given, seen, self.columns, answers, wanted, anchor)
 
-    def dream(self, rows: Tensor, latent: Tensor, generator: torch.Generator | None) -> Tensor:
+    def dream(
+        self, rows: Tensor, latent: Tensor, generator: torch.Generator | None, anchor: Anchor | None = None
+    ) -> Tensor:
         """Rows (..., D) like `rows`, with observations drawn given their settings and `latent` (..., L)."""
+        anchor = anchor or self.anchor(rows)
         known = ~rows.isnan()
         row = rows.nan_to_num(0.0)
         shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
         given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
         seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
-        drawn = self.flow.draw(given, seen, self.columns, shape, generator=generator)
+        drawn = self.flow.draw(given, seen, self.columns, shape, generator=generator, anchor=anchor)
         dreamt = row.expand(*shape, -1).index_copy(-1, torch.tensor(self.columns, device=row.device), drawn)
         return torch.where(known, dreamt, math.nan)
 
@@ -153,8 +168,8 @@ class ManifoldNetwork(nn.Module):
             inducing = self.prior.whitened_loc + q_scale * torch.randn(
                 q_scale.shape, generator=generator, dtype=rows.dtype
             )
-        before = self.before(conditions, inducing)
-        bound, latent, weights = self.bound(seen, before, aims.draws, generator)
+        before, anchor = self.before(conditions, inducing), self.anchor(rows)
+        bound, latent, weights = self.bound(seen, before, aims.draws, generator, anchor)
         cells = (~seen[..., self.columns].isnan()).sum().clamp_min(1)
         loss = -(bound.sum() - share * number * self.prior.kl()) / cells
         if aims.queries > 0:  # the latent is found from observations given settings alone: no gradient from here
@@ -165,8 +180,8 @@ class ManifoldNetwork(nn.Module):
             mean, variance = (part.detach() for part in self._moments(before))
             truth = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=rows.dtype)
             with torch.no_grad():
-                dreamt = self.dream(seen, truth.unsqueeze(-2), generator)
-            missed = -self.infer(dreamt, Belief(*(part.detach() for part in before))).log_prob(truth)
+                dreamt = self.dream(seen, truth.unsqueeze(-2), generator, anchor)
+            missed = -self.infer(dreamt, Belief(*(part.detach() for part in before)), anchor).log_prob(truth)
             loss = loss + aims.dreams * missed.mean() / self.latent_dim
         return loss
 
@@ -187,7 +202,12 @@ class ManifoldNetwork(nn.Module):
         return belief.shift * variance, variance
 
     def bound(
-        self, rows: Tensor, before: Belief, draws: int, generator: torch.Generator | None
+        self,
+        rows: Tensor,
+        before: Belief,
+        draws: int,
+        generator: torch.Generator | None,
+        anchor: Anchor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Importance-weighted bound (B,) on the log evidence of tasks' rows (B, K, D),
 
@@ -198,9 +218,10 @@ class ManifoldNetwork(nn.Module):
         References:
             Burda, Grosse & Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
         """
-        belief = self.infer(rows, before)
+        anchor = anchor or self.anchor(rows)
+        belief = self.infer(rows, before, anchor)
         latent = belief.sample(draws, generator)
-        evidence = self.evidence_of(rows, latent.unsqueeze(-2)).sum(-1)
+        evidence = self.evidence_of(rows, latent.unsqueeze(-2), anchor).sum(-1)
         weights = before.log_prob(latent) + evidence - belief.log_prob(latent)
         return weights.logsumexp(0) - math.log(draws), latent, weights.detach().softmax(0)
 

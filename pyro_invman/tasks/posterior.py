@@ -102,7 +102,8 @@ class TaskPosterior:
         natural = to_tensor(ds, self.variables)
         with torch.no_grad():
             rows = self.standardization(natural).to(self.network.flow.dtype)
+            anchor = self.network.anchor(rows)
             parts = self.particles.split(max(1, 65_536 // max(1, len(rows))))
-            scores = torch.cat([self.network.evidence_of(rows, z.unsqueeze(-2)).sum(-1) for z in parts])
+            scores = torch.cat([self.network.evidence_of(rows, z.unsqueeze(-2), anchor).sum(-1) for z in parts])
             jacobian = self.standardization.log_abs_det_jacobian(natural)[:, self.network.columns].nansum()
             return (scores + self.log_weights).logsumexp(0) + jacobian.to(scores)

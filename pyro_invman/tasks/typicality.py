@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_invman.density.random_functions import Anchor
 from pyro_invman.tasks.encoder import Belief
 from pyro_invman.tasks.fingerprint import surprise
 from pyro_invman.tasks.network import ManifoldNetwork
@@ -47,16 +48,19 @@ def p_value(
     if not bool((~rows[..., network.columns].isnan()).any()):
         return 1.0
     latent = before.sample(simulations, generator)
-    dreamt = network.dream(rows.expand(simulations, -1, -1), latent.unsqueeze(-2), generator)
+    anchor = network.anchor(rows)
+    dreamt = network.dream(rows.expand(simulations, -1, -1), latent.unsqueeze(-2), generator, anchor)
     every = torch.cat([rows.unsqueeze(0), dreamt])
     number = max(1, _AT_ONCE // (_DRAWS * len(rows) * len(network.columns)))
-    found = torch.cat([_statistics(network, part, before, generator) for part in every.split(number)])
+    found = torch.cat([_statistics(network, part, before, generator, anchor) for part in every.split(number)])
     return float(surprise(found[0], found[1:]))
 
 
-def _statistics(network: ManifoldNetwork, rows: Tensor, before: Belief, generator: torch.Generator) -> Tensor:
+def _statistics(
+    network: ManifoldNetwork, rows: Tensor, before: Belief, generator: torch.Generator, anchor: Anchor | None
+) -> Tensor:
     """Excursion and minus the evidence of tasks (R, K, D): (R, 2)."""
     wide = Belief(before.precision.expand(len(rows), -1, -1), before.shift.expand(len(rows), -1))
-    evidence, _, _ = network.bound(rows, wide, _DRAWS, generator)
-    moved = excursion(network.infer(rows, wide), wide)
+    evidence, _, _ = network.bound(rows, wide, _DRAWS, generator, anchor)
+    moved = excursion(network.infer(rows, wide, anchor), wide)
     return torch.stack([moved, -evidence], -1).double()
