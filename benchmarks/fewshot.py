@@ -31,7 +31,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -406,11 +406,19 @@ def cost_table(cells: dict[str, Cell]) -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, tuple[Callable[[int, int, Cell], Cell], Callable[[dict[str, Cell]], str], int]] = {
-    "exact": (exact, exact_table, 200),
-    "growth": (growth, growth_table, 60),
-    "typicality": (typicality, typicality_table, 1000),
-    "cost": (cost, cost_table, 0),
+Run = Callable[[int, int, Cell, Sequence[str], Cell], Iterable[Cell]]
+
+
+def _alone(run: Callable[[int, int, Cell], Cell]) -> Run:
+    """A part of this package alone, which is whole or not there."""
+    return lambda seed, tasks, fit, names, cell: [] if cell else [run(seed, tasks, fit)]
+
+
+PARTS: dict[str, tuple[Run, Callable[[dict[str, Cell]], str], int]] = {
+    "exact": (_alone(exact), exact_table, 200),
+    "growth": (_alone(growth), growth_table, 60),
+    "typicality": (_alone(typicality), typicality_table, 1000),
+    "cost": (_alone(cost), cost_table, 0),
     "peers": (fewshot_contest.on_simulated, fewshot_contest.contest_table, 30),
     "data": (fewshot_contest.on_data, fewshot_contest.contest_table, 0),
 }
@@ -418,12 +426,16 @@ PARTS: dict[str, tuple[Callable[[int, int, Cell], Cell], Callable[[dict[str, Cel
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the parts; the exit status."""
+    methods = list(fewshot_contest.methods_of({}))
     parser = argparse.ArgumentParser("python -m benchmarks.fewshot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--tasks", type=int, help="fresh tasks (each part has its own number)")
     parser.add_argument("--max-seconds", type=float, help="wall seconds a fit may take")
-    parser.add_argument("--resume", action="store_true", help="keep the seeds that the result files hold")
+    parser.add_argument(
+        "--methods", nargs="+", default=methods, choices=methods, help="of the parts `peers` and `data`"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the seeds, and methods, that the result files hold")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -434,15 +446,15 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.resume and path.exists():
             found = json.loads(path.read_text())
         for seed in arguments.seeds:
-            if str(seed) in found["cells"]:
-                continue
             tasks = number if arguments.tasks is None else arguments.tasks
-            found["cells"][str(seed)] = run(seed, tasks, {"max_seconds": arguments.max_seconds})
-            text = table(found["cells"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            path.with_suffix(".md").write_text(text + "\n")
-            print(f"{part}, seed {seed}\n{text}\n", flush=True)
+            fit, earlier = {"max_seconds": arguments.max_seconds}, found["cells"].get(str(seed), {})
+            for cell in run(seed, tasks, fit, arguments.methods, earlier):
+                found["cells"][str(seed)] = cell
+                text = table(found["cells"])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+                path.with_suffix(".md").write_text(text + "\n")
+            print(f"{part}, seed {seed}\n{table(found['cells'])}\n", flush=True)
     return 0
 
 

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,43 +206,44 @@ def methods_of(fit: Cell) -> dict[str, Callable[[], Method]]:
     return {OURS: lambda: Manifold(fit=fit)} | peers
 
 
-def on_simulated(seed: int, tasks: int, fit: Cell) -> Cell:
-    """Every method on fresh simulated tasks."""
-    cell: Cell = {}
+def on_simulated(seed: int, tasks: int, fit: Cell, names: Sequence[str], cell: Cell) -> Iterator[Cell]:
+    """Methods of these names on fresh simulated tasks; those that `cell` holds are kept. Yields after each."""
     for name in SIMULATED:
         real = simulated(name, seed, new=tasks)
-        cell[name] = _all(real, folds(real, 1)[0], methods_of(fit), seed)
-    return cell
+        yield from _all(real, folds(real, 1)[0], fit, seed, names, cell)
 
 
-def on_data(seed: int, tasks: int, fit: Cell) -> Cell:
-    """Every method on fold `seed` of five of each real set."""
-    cell: Cell = {}
+def on_data(seed: int, tasks: int, fit: Cell, names: Sequence[str], cell: Cell) -> Iterator[Cell]:
+    """Methods of these names on fold `seed` of five of each real set; those that `cell` holds are kept."""
     for name in REAL:
         real = load(name)
-        cell[name] = _all(real, folds(real, 5)[seed], methods_of(fit), seed)
-    return cell
+        yield from _all(real, folds(real, 5)[seed], fit, seed, names, cell)
 
 
-def _all(real: RealSet, fold: Fold, methods: dict[str, Callable[[], Method]], seed: int) -> Cell:
-    cell: Cell = {"fit_cpu_s": {}, "records": []}
-    for name, make in methods.items():
-        found = list(contest(real, fold, name, make(), seed))
-        cell["fit_cpu_s"][name] = round(found[0]["fit_cpu_s"], 1)
-        means = by_task(found[1:]).reset_index().drop(columns="set")
-        cell["records"] += json.loads(means.round(5).to_json(orient="records"))
-        print(f"{real.name}, {seed}, {name}: fit {cell['fit_cpu_s'][name]} CPU s", file=sys.stderr, flush=True)
-    return cell
+def _all(real: RealSet, fold: Fold, fit: Cell, seed: int, names: Sequence[str], cell: Cell) -> Iterator[Cell]:
+    found = cell.setdefault(real.name, {"fit_cpu_s": {}, "records": []})
+    for name, make in methods_of(fit).items():
+        if name not in names or name in found["fit_cpu_s"]:
+            continue
+        first, *scored = contest(real, fold, name, make(), seed)
+        means = by_task(scored).reset_index().drop(columns="set")
+        found["fit_cpu_s"][name] = round(first["fit_cpu_s"], 1)
+        found["records"] += json.loads(means.round(5).to_json(orient="records"))
+        print(f"{real.name}, {seed}, {name}: fit {found['fit_cpu_s'][name]} CPU s", file=sys.stderr, flush=True)
+        yield cell
 
 
 def contest_table(cells: dict[str, Cell]) -> str:
     """Means over tasks of all folds by number of known rows, and paired differences to each rival."""
     parts = []
-    for name in next(iter(cells.values())):
+    names = [
+        n for n in (*SIMULATED, *REAL) if any(OURS in cell.get(n, {}).get("fit_cpu_s", {}) for cell in cells.values())
+    ]
+    for name in names:
         rows = [
             record | {"set": name, "split": 0, "seed": 0, "output": "all", "task": f"{fold} {record['task']}"}
             for fold, cell in cells.items()
-            for record in cell[name]["records"]
+            for record in cell.get(name, {}).get("records", [])
         ]
         table = aggregate(rows).reset_index()
         for direction in table.direction.unique():
@@ -270,7 +271,10 @@ def contest_table(cells: dict[str, Cell]) -> str:
             if direction == "forward":
                 lines += ["", f"Coverage of 90 % intervals, this package: {ours.coverage90:.3f}."]
             parts.append("\n".join(lines))
-    for name, cell in next(iter(cells.values())).items():
-        spent = ", ".join(f"{method} {seconds:.0f}" for method, seconds in cell["fit_cpu_s"].items())
+    first = next(iter(cells.values()))
+    for name in names:
+        spent = ", ".join(
+            f"{method} {seconds:.0f}" for method, seconds in first.get(name, {"fit_cpu_s": {}})["fit_cpu_s"].items()
+        )
         parts.append(f"Fit to the first fold of {name}, CPU s: {spent}.")
     return "\n\n".join(parts)
