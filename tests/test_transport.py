@@ -194,6 +194,15 @@ def test_shapes_and_gradients() -> None:
     assert transport.inv.condition(c)(transport(x, c)).allclose(x, atol=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["optimal", "base", "batch"])
+def test_one_point_at_many_conditions(engine: str) -> None:
+    transport, x = bent(engine), torch.tensor([0.3, -0.1]).double()
+    c = torch.linspace(-1, 1, 4).double().unsqueeze(-1)
+    together, one = transport.condition(c), transport.condition(c[2])
+    assert together(x).shape == (4, 2) and together.log_abs_det_jacobian(x, x).shape == (4,)
+    assert torch.allclose(together(x)[2], one(x), atol=1e-3)
+
+
 def test_in_a_pyro_model() -> None:
     transport = bent("optimal")
     c = torch.randn(7, 1, dtype=torch.double)

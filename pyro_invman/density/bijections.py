@@ -28,6 +28,7 @@ class Linear(NamedTuple):
         return Linear(self.after, self.inverse, self.matrix, self.before, -self.log_det)
 
     def go(self, x: Tensor, back: bool, volume: bool) -> tuple[Tensor, Tensor]:
+        """Where `x` (..., D) goes, or comes from where `back`, and the logarithm of the change of volume (...)."""
         start, matrix, end = self.before, self.matrix, self.after
         if back:
             start, matrix, end = self.after, self.inverse, self.before
@@ -44,9 +45,11 @@ class Flowed(NamedTuple):
     reverse: bool = False
 
     def go(self, x: Tensor, back: bool, volume: bool) -> tuple[Tensor, Tensor]:
+        """As `Linear.go`; the change of volume is zero unless `volume` asks for it."""
+        shape = torch.broadcast_shapes(x.shape[:-1], self.c.shape[:-1])
         return flow(
             lambda t, place: self.field(t, place, self.c),
-            x,
+            x.expand(*shape, x.shape[-1]),
             self.solver,
             backwards=back != self.reverse,
             volume=volume,
