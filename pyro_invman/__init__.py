@@ -2,24 +2,32 @@
 
 from pyro_invman import simulators
 from pyro_invman.data import from_columns, read, validate
+from pyro_invman.density.coupling import Coupling
 from pyro_invman.density.queries import QueryMix
+from pyro_invman.density.velocity import Solver
 from pyro_invman.distributions import ConditionalFlow
 from pyro_invman.joint import JointFlow
 from pyro_invman.saved import load
 from pyro_invman.tasks.manifold import ProcessManifold, UnfamiliarTask
 from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.training import Schedule
+from pyro_invman.transport import ConditionalTransport, SmallPopulation, UnfamiliarCondition
 from pyro_invman.variables import DataError, Variable, Variables
 
 __version__ = "0.1.0"
 __all__ = [
     "ConditionalFlow",
+    "ConditionalTransport",
+    "Coupling",
     "DataError",
     "JointFlow",
     "ProcessManifold",
     "QueryMix",
     "Schedule",
+    "SmallPopulation",
+    "Solver",
     "TaskPosterior",
+    "UnfamiliarCondition",
     "UnfamiliarTask",
     "Variable",
     "Variables",

@@ -7,10 +7,11 @@ import os
 from pyro_invman import storage
 from pyro_invman.joint import JointFlow
 from pyro_invman.tasks.manifold import ProcessManifold
+from pyro_invman.transport import ConditionalTransport
 from pyro_invman.variables import DataError
 
 
-def load(folder: str | os.PathLike[str]) -> JointFlow | ProcessManifold:
+def load(folder: str | os.PathLike[str]) -> JointFlow | ProcessManifold | ConditionalTransport:
     """The model that `save` wrote to `folder`.
 
     Raises:
@@ -18,9 +19,10 @@ def load(folder: str | os.PathLike[str]) -> JointFlow | ProcessManifold:
         DataError: a file is damaged, was changed, or comes from a later version of the package.
     """
     schema = storage.read_schema(folder)
-    kinds: dict[str, type[JointFlow] | type[ProcessManifold]] = {
+    kinds: dict[str, type[JointFlow] | type[ProcessManifold] | type[ConditionalTransport]] = {
         "JointFlow": JointFlow,
         "ProcessManifold": ProcessManifold,
+        "ConditionalTransport": ConditionalTransport,
     }
     if schema["kind"] not in kinds:
         raise DataError(f"{folder}: describes a {schema['kind']!r}, expected one of {sorted(kinds)}")

@@ -1,9 +1,10 @@
-"""Processes with known truth: `linear_gaussian`, closed forms throughout; `melt_pool`, the main job; `oscillations`."""
+"""Processes with known truth: `linear_gaussian`, closed forms throughout; `melt_pool`, the main job; `oscillations`;
+`grain_growth`, cut up to be seen."""
 
 import importlib
 from types import ModuleType
 
-__all__ = ["linear_gaussian", "melt_pool", "oscillations"]
+__all__ = ["grain_growth", "linear_gaussian", "melt_pool", "oscillations"]
 
 
 def __getattr__(name: str) -> ModuleType:
