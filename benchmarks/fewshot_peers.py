@@ -408,6 +408,7 @@ class MultitaskGP:
 
     def _train(self, x: np.ndarray, y: np.ndarray, task: np.ndarray, seed: int) -> dict[str, Any]:
         import gpytorch
+        from linear_operator import to_linear_operator
 
         rows, values, tasks = torch.as_tensor(x), torch.as_tensor(y), torch.as_tensor(task)
         torch.manual_seed(seed)
@@ -429,7 +430,8 @@ class MultitaskGP:
                 task = t.squeeze(-1)
                 between = self.index.covar_factor[task] @ self.index.covar_factor[task].mT
                 between = between + self.index.var[task] * (task.unsqueeze(-1) == task)
-                return gpytorch.distributions.MultivariateNormal(self.mean(x), self.kernel(x).to_dense() * between)
+                covariance = to_linear_operator(self.kernel(x).to_dense() * between)  # factored with the noise added
+                return gpytorch.distributions.MultivariateNormal(self.mean(x), covariance)
 
         model = Model().train()
         objective = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_invman"
 # from the ground up; a module may import from floors below its own, and within a floor only as listed in BESIDE
 FLOORS = [
     ["variables"],
-    ["training", "density.univariate", "density.gaussian", "density.random_effects", "density.queries"],
-    ["density.context", "density.random_functions", "storage"],
-    ["density.backbones"],
+    ["training", "density.univariate", "density.gaussian", "density.queries"],
+    ["density.context", "density.random_effects", "storage"],
+    ["density.backbones", "density.random_functions"],
     ["density.anyorder", "density.velocity"],
     ["density.bijections", "density.conditional_gaussian"],
     ["density.conditional_law"],
