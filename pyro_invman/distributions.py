@@ -36,6 +36,7 @@ class ConditionalFlow(TorchDistribution):
         given: the row in natural units (*batch_shape, D), NaN where a cell is not given.
         latent: the task's latent (*batch_shape, L), for a flow whose last L columns it is; always known. It broadcasts
             against `given`.
+        anchor: what the flow's base has worked out for `given`, if no target changes it.
 
     Shapes:
         batch_shape is that of `given` without its last dimension, event_shape is (n,). A NaN in the value handed to
@@ -53,7 +54,9 @@ class ConditionalFlow(TorchDistribution):
         given: Tensor,
         latent: Tensor | None = None,
         validate_args: bool | None = None,
+        anchor: Any = None,
     ) -> None:
+        self.anchor = anchor
         self.density, self.standardization, self.variables = density, standardization, variables
         self.targets = tuple(targets)
         self.columns = variables.indices(self.targets)
@@ -103,13 +106,13 @@ class ConditionalFlow(TorchDistribution):
         jacobian = self.standardization.log_abs_det_jacobian(value, index=self._chain)
         wanted = None if not _any(missing) else ~missing
         answers = working.nan_to_num(0.0).to(given.dtype)
-        result = self.density.log_prob(given, known, self._chain, answers, wanted).to(jacobian.dtype)
+        result = self.density.log_prob(given, known, self._chain, answers, wanted, self.anchor).to(jacobian.dtype)
         result = result + jacobian.masked_fill(missing, 0.0).sum(-1)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
     def _draw(self, shape: torch.Size, uniform: Tensor | None) -> Tensor:
         given, known = self._working()
-        working = self.density.draw(given, known, self._chain, shape, uniform)
+        working = self.density.draw(given, known, self._chain, shape, uniform, anchor=self.anchor)
         natural = self.standardization.inverse(working.to(self.given.dtype), index=self._chain)
         low, high = self._ends(natural)
         return natural.clamp(low, high)[..., self._from_chain]
@@ -152,6 +155,7 @@ class ConditionalFlow(TorchDistribution):
             "columns",
             "given",
             "latent",
+            "anchor",
             "_chain",
             "_to_chain",
             "_from_chain",

@@ -334,7 +334,8 @@ def test_simulators_are_found_by_name_and_imported_when_asked_for():
     code = "import sys, pyro_invman.simulators; print([m for m in sys.modules if 'simulators.' in m])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
-    assert simulators.melt_pool is melt_pool and dir(simulators) == ["linear_gaussian", "melt_pool", "oscillations"]
+    assert simulators.melt_pool is melt_pool
+    assert dir(simulators) == ["grain_growth", "linear_gaussian", "melt_pool", "oscillations"]
     with pytest.raises(AttributeError, match="no attribute 'weather'"):
         simulators.weather  # noqa: B018
 

@@ -7,16 +7,17 @@ coordinates of a few inducing rows, whose task functions learn from the tasks ho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.gaussian import GaussianBase
+from pyro_invman.density.hyperparameters import JITTER, hyperparameters, kernel
 from pyro_invman.density.random_effects import Measurements
 
 _FLOAT = torch.float64
-_JITTER = 1e-6
 
 
 class Anchor(NamedTuple):
@@ -32,13 +33,26 @@ class Anchor(NamedTuple):
         return Anchor(self.mean.unsqueeze(-2), self.scale.unsqueeze(-2), self.directions.unsqueeze(-3))
 
 
-class _Hyperparameters(NamedTuple):
-    """Of one observation: length scales (P,) and (V,) of the shared and the task function; variances of the shared
-    function, the task function, the task's offset and the noise (4,)."""
+class Features(NamedTuple):
+    """N rows by their settings: mean and scale (M, N) and directions (M, N, L) of their observations, and what
+    covariances between rows are made of: settings in length scales of the shared (M, N, P) and the task function
+    (M, N, V), the task function beyond the latent (M, N, F), and what is accounted for elsewhere (M, N, G)."""
 
+    mean: Tensor
+    scale: Tensor
+    directions: Tensor
     shared: Tensor
-    own: Tensor
-    variances: Tensor
+    varying: Tensor
+    rest: Tensor
+    elsewhere: Tensor
+
+    def unflatten(self, shape: Sequence[int]) -> Features:
+        """N rows as rows (*shape)."""
+        return Features(*(part.reshape(len(part), *shape, *part.shape[2:]) for part in self))
+
+    def anchor(self) -> Anchor:
+        """Outputs behind the rows."""
+        return Anchor(self.mean.movedim(0, -1), self.scale.movedim(0, -1), self.directions.movedim(0, -2))
 
 
 class RandomFunctions(nn.Module):
@@ -122,23 +136,33 @@ class RandomFunctions(nn.Module):
 
     def anchor(self, settings: Tensor, known: Tensor) -> Anchor:
         """Means, scales and directions at settings (..., S), read where `known`; in double precision."""
+        return self.features(settings, known).unflatten(settings.shape[:-1]).anchor()
+
+    def features(self, settings: Tensor, known: Tensor) -> Features:
+        """Rows with settings (..., S), read where `known`, as N rows in one; in double precision."""
         x = self.inputs(settings, known)
         flat = x.reshape(-1, x.shape[-1])
         of_shared, of_own, of_offset, noise = self.variances.unsqueeze(-1).unbind(1)  # (M, 1) each
-        near = _kernel(flat * self.shared_rate.unsqueeze(1), self.inducing)  # (M, N, I)
+        shared, varying = flat * self.shared_rate.unsqueeze(1), flat[:, self.varying] * self.own_rate.unsqueeze(1)
+        near = kernel(shared, self.inducing)  # (M, N, I)
         mean = self.offset.unsqueeze(-1) + (near @ self.weights.unsqueeze(-1)).squeeze(-1)
-        left = of_shared * (1 - (near @ self.explained).square().sum(-1)).clamp_min(0.0)
-        own, lost = _features(flat[:, self.varying] * self.own_rate.unsqueeze(1), self.own_inducing, self.own_whiten)
+        explained = near @ self.explained
+        left = of_shared * (1 - explained.square().sum(-1)).clamp_min(0.0)
+        own, lost = _features(varying, self.own_inducing, self.own_whiten)
+        own = of_own.sqrt().unsqueeze(-1) * own
         ones = of_offset.sqrt().unsqueeze(-1).expand(-1, len(flat), 1)
-        own = torch.cat([ones, of_own.sqrt().unsqueeze(-1) * own], -1)
-        variance = noise + left + of_own * lost + (own @ self.rest).square().sum(-1)
-        directions = own @ self.loading  # (M, N, L)
-        shape = settings.shape[:-1]
-        return Anchor(
-            mean.mT.reshape(*shape, self.num_observations),
-            variance.clamp_min(1e-12).sqrt().mT.reshape(*shape, self.num_observations),
-            directions.transpose(0, 1).reshape(*shape, self.num_observations, self.latent_dim),
-        )
+        both = torch.cat([ones, own], -1)
+        rest = both @ self.rest
+        variance = noise + left + of_own * lost + rest.square().sum(-1)
+        elsewhere = torch.cat([of_shared.sqrt().unsqueeze(-1) * explained, own], -1)
+        return Features(mean, variance.clamp_min(1e-12).sqrt(), both @ self.loading, shared, varying, rest, elsewhere)
+
+    def left_over(self, a: Features, b: Features) -> Tensor:
+        """Covariance (M, ..., N, N') between rows of a task of what neither the shared function as it is known, nor
+        the latent, nor noise accounts for."""
+        of_shared, of_own = (v.reshape(-1, *[1] * (a.shared.dim() - 1)) for v in self.variances[:, :2].unbind(1))
+        kernels = of_shared * kernel(a.shared, b.shared) + of_own * kernel(a.varying, b.varying)
+        return kernels + a.rest @ b.rest.mT - a.elsewhere @ b.elsewhere.mT
 
     def given_others(self, mean: Tensor, scale: Tensor, answers: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale (..., M) of each observation given the others of its row (..., M) that are `seen`."""
@@ -198,7 +222,7 @@ class RandomFunctions(nn.Module):
         offset = answers.to(_FLOAT).nan_to_num(0.0).sum(0) / seen.sum(0).clamp_min(1)
         y = torch.where(seen, answers.to(_FLOAT) - offset, 0.0)
         if like is None:
-            each = [_hyperparameters(x, varying, y[:, q], seen[:, q], task, seed) for q in range(y.shape[1])]
+            each = [hyperparameters(x, varying, y[:, q], seen[:, q], task, seed) for q in range(y.shape[1])]
             rates = torch.stack([h.shared for h in each]).neg().exp()
             own_rates = torch.stack([h.own for h in each]).neg().exp()
             variances = torch.stack([h.variances for h in each])
@@ -336,15 +360,9 @@ def _varies(x: Tensor, task: Tensor) -> Tensor:
     return (high > low).to(_FLOAT).mean(0) > 0.05
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    """exp(−|a − b|² / 2) (..., N, N')."""
-    squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
-    return (-0.5 * squares.clamp_min(0.0)).exp()
-
-
 def _features(near: Tensor, places: Tensor, whiten: Tensor) -> tuple[Tensor, Tensor]:
     """Nyström features (M, N, I) of scaled inputs (M, N, P), and the variance that they lose (M, N)."""
-    features = _kernel(near, places) @ whiten.mT
+    features = kernel(near, places) @ whiten.mT
     return features, (1 - features.square().sum(-1)).clamp_min(0.0)
 
 
@@ -359,88 +377,13 @@ def _inducing(x: Tensor, rates: Tensor, number: int) -> tuple[Tensor, Tensor]:
         chosen: list[int] = []
         for j in range(number):
             pick = int(left.argmax())
-            column = _kernel(scaled[pick : pick + 1], scaled)[0] - factor[:, :j] @ factor[pick, :j]
-            factor[:, j] = column / (left[pick] + _JITTER).sqrt()
+            column = kernel(scaled[pick : pick + 1], scaled)[0] - factor[:, :j] @ factor[pick, :j]
+            factor[:, j] = column / (left[pick] + JITTER).sqrt()
             left = (left - factor[:, j].square()).clamp_min(0.0)
             left[pick] = 0.0
             chosen.append(pick)
         places.append(scaled[chosen])
     where = torch.stack(places)
     eye = torch.eye(number, dtype=_FLOAT)
-    factor = torch.linalg.cholesky(_kernel(where, where) + _JITTER * eye)
+    factor = torch.linalg.cholesky(kernel(where, where) + JITTER * eye)
     return where, torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-
-
-def _some_tasks(task: Tensor, most: int, each: int, generator: torch.Generator) -> Tensor:
-    """Rows of whole tasks (at most `each` of one), about `most` in all."""
-    found = [task.new_empty(0)]
-    names = task.unique()
-    for t in names[torch.randperm(len(names), generator=generator)]:
-        rows = (task == t).nonzero()[:, 0]
-        found.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
-        if sum(map(len, found)) >= most:
-            break
-    return torch.cat(found)[:most]
-
-
-def _hyperparameters(
-    x: Tensor, varying: Tensor, y: Tensor, seen: Tensor, task: Tensor, seed: int, most: int = 500
-) -> _Hyperparameters:
-    """The mode of one observation's marginal likelihood on some whole tasks, under wide priors, from three starts."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = seen.nonzero()[:, 0]
-    rows = rows[_some_tasks(task[rows], most, 20, generator)]
-    x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
-    own = x[:, varying]
-    inputs, owned = x.shape[1], own.shape[1]
-    sizes = [inputs, owned, 4]
-    about = torch.tensor(
-        [math.log(max(inputs, 1)) / 2 + math.sqrt(2)] * inputs + [math.log(max(owned, 1)) / 2 + math.sqrt(2)] * owned
-    ).to(_FLOAT)
-    about = torch.cat([about, torch.full((4,), math.log(0.3), dtype=_FLOAT)])
-    width = torch.tensor([3.0] * (inputs + owned) + [4.0] * 4, dtype=_FLOAT)
-    eye = torch.eye(len(y), dtype=_FLOAT)
-
-    def negative(theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log posterior density, and its gradient."""
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_(True)
-            shared, length, variances = theta.clamp(-9.0, 6.0).split(sizes)
-            v = variances.exp()
-            a, b = x * shared.neg().exp(), own * length.neg().exp()
-            covariance = v[0] * _kernel(a, a) + same * (v[1] * _kernel(b, b) + v[2]) + (v[3] + _JITTER) * eye
-            with torch.no_grad():  # the gradient of the normal in closed form spares that of the factor
-                factor = torch.linalg.cholesky(covariance)
-                inverse = torch.cholesky_inverse(factor)
-                solved = inverse @ y
-                value = 0.5 * (y @ solved) + factor.diagonal().log().sum()
-                slope = 0.5 * (inverse - torch.outer(solved, solved))
-            prior = ((theta - about).square() / (2 * width)).sum()
-            ((slope * covariance).sum() + prior).backward()
-        assert theta.grad is not None
-        return value + prior.detach(), theta.grad
-
-    start = about.clone()
-    start[:inputs] -= 1.0
-    start[inputs : inputs + owned] -= 0.5
-    start[-4:] = torch.tensor([0.5, 0.16, 0.16, 0.1], dtype=_FLOAT).log()
-    rapid, apart = start.clone(), start.clone()
-    rapid[inputs : inputs + owned] -= 1.5
-    apart[-4:] += torch.tensor([-1.0, 1.2, 1.2, 0.0], dtype=_FLOAT)
-    tried = [_minimise(negative, begin, 12) for begin in (start, rapid, apart)]
-    _, found = _minimise(negative, min(tried, key=lambda one: one[0])[1], 50)
-    shared, length, variances = found.clamp(-9.0, 6.0).split(sizes)
-    return _Hyperparameters(shared, length, variances.exp())
-
-
-def _minimise(negative, start: Tensor, steps: int) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
-    """L-BFGS with a strong Wolfe line search."""
-    theta = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        value, theta.grad = negative(theta)
-        return value
-
-    optimizer.step(closure)
-    return float(negative(theta)[0]), theta.detach()

@@ -2,12 +2,15 @@ r"""The closed-form process under a manifold: linear, or bent where tasks held o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.context import Context
 from pyro_invman.density.random_effects import Measurements, RandomEffects
 from pyro_invman.density.random_functions import Anchor, RandomFunctions
+from pyro_invman.density.remainder import MOST, Remainder, drawn
 
 _FEWEST_TASKS = 8
 
@@ -100,6 +103,44 @@ class TaskEffects(nn.Module):
             return None
         return self.functions.anchor(cells[..., self.settings], known[..., self.settings])
 
+    def remainder(self, cells: Tensor, known: Tensor) -> Remainder | None:
+        """What rows (..., K, E) of tasks say of them beyond the latent; None where it is linear, or without a row.
+
+        Of more than 512 rows, 512 are taken at random.
+        """
+        if self.functions is None or not cells.shape[-2]:
+            return None
+        if cells.shape[-2] > MOST:
+            some = torch.randperm(cells.shape[-2], generator=torch.Generator().manual_seed(0))[:MOST]
+            cells, known = cells[..., some, :], known[..., some, :]
+        settings, answers = self.settings, self.answers
+        return Remainder(
+            self.functions, cells[..., settings], known[..., settings], cells[..., answers], known[..., answers]
+        )
+
+    def sequence(self, cells: Tensor, known: Tensor) -> Anchor | None:
+        """Anchors of rows (..., K, E), each given those before it; of more than 512 rows, in blocks of 512."""
+        if self.functions is None:
+            return None
+        if not cells.shape[-2]:
+            return self.anchor(cells, known)
+        blocks = [self.remainder(*block) for block in zip(cells.split(MOST, -2), known.split(MOST, -2), strict=True)]
+        found = [block.sequence() for block in blocks if block is not None]
+        return _joined(found)
+
+    def dreamt(
+        self, cells: Tensor, known: Tensor, shape: Sequence[int], generator: torch.Generator | None
+    ) -> Anchor | None:
+        """Anchors of rows (..., K, E) with the task's function beyond the latent drawn for each of `shape` (..., K)."""
+        if self.functions is None or not cells.shape[-2]:
+            return None
+        settings = self.settings
+        found = []
+        for part, told in zip(cells.split(MOST, -2), known.split(MOST, -2), strict=True):
+            here = (*shape[:-1], part.shape[-2])
+            found.append(drawn(self.functions, part[..., settings], told[..., settings], here, generator))
+        return _joined(found)
+
     def measurements(self, cells: Tensor, known: Tensor, anchor: Anchor | None = None) -> Measurements:
         """What rows (..., E) with cells `known` measure of the latent; `anchor` as it was worked out for them."""
         if self.functions is None:
@@ -114,6 +155,12 @@ class TaskEffects(nn.Module):
         for a, b in zip(bent, linear, strict=True):
             joined.append(torch.where(readable.reshape(*readable.shape, *[1] * (a.dim() - readable.dim())), a, b))
         return Measurements(*joined)
+
+
+def _joined(blocks: list[Anchor]) -> Anchor:
+    """Blocks of rows as one."""
+    mean, scale, directions = zip(*blocks, strict=True)
+    return Anchor(torch.cat(mean, -2), torch.cat(scale, -2), torch.cat(directions, -3))
 
 
 class TaskContext(Context):

@@ -85,7 +85,7 @@ def _importance(network: ManifoldNetwork, rows: Tensor, before: Belief, belief: 
     proposed = torch.logaddexp(
         math.log1p(-share) + belief.log_prob(proposals), math.log(share) + before.log_prob(proposals)
     )
-    anchor, parts = network.anchor(rows), proposals.split(max(1, 65_536 // len(rows)))
+    anchor, parts = network.sequence(rows), proposals.split(max(1, 65_536 // len(rows)))
     evidence = torch.cat([network.evidence_of(rows, z.unsqueeze(-2), anchor).sum(-1) for z in parts])
     log_weights = (before.log_prob(proposals) + evidence - proposed).double()
     log_weights, k_hat = _smoothed(log_weights - log_weights.max())
@@ -110,7 +110,7 @@ def _smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def _posterior(network: ManifoldNetwork, rows: Tensor, before: Belief) -> Callable[[], None]:
-    prior, anchor = normal(before), network.anchor(rows)
+    prior, anchor = normal(before), network.sequence(rows)
 
     def model() -> None:
         latent = pyro.sample("z", prior)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.queries import QueryMix
-from pyro_invman.density.random_functions import Anchor
 from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.rows import TaskRows
 from pyro_invman.training import Record, Schedule, train
@@ -73,12 +72,16 @@ def held_out_loss(
     before = network.before(conditions)
     sizes = [k for k in _SHOTS if k < rows.shape[1]]
     total, cells, asked = 0.0, 0.0, 0.0
-    anchor = network.anchor(rows)
+    every, known = network.context.row_cells(rows)
     for k in sizes:
         belief = network.infer(rows[:, :k], before)
         latent = belief.sample(draws, generator)
         rest = rows[:, k:]
-        apart = None if anchor is None else Anchor(*(part[:, k:] for part in anchor))
+        remainder = network.base.remainder(every[:, :k], known[:, :k])
+        settings = network.base.settings
+        apart = network.anchor(rest)
+        if remainder is not None:
+            apart = remainder.anchor(every[:, k:, settings], known[:, k:, settings])
         scores = network.evidence_of(rest, latent.unsqueeze(-2), apart).logsumexp(0) - math.log(draws)
         total -= float(scores.sum())
         cells += float((~rest[..., network.columns].isnan()).sum())

@@ -454,7 +454,7 @@ class ProcessManifold(PyroModule):
         """The generative model of tasks' rows (T, N, D) in natural units; NaN: a missing cell, or a task that is short.
 
         Plates `task` (dim −2) and `row` (dim −1), of which `tasks` and `rows_a_task` are taken where given. Observed
-        observations are scored given the settings of their row. Returns the latents (T, 1, L).
+        observations are scored given the settings of their row, rows apart given z. Returns the latents (T, 1, L).
         """
         before = self._beliefs_before(rows)
         return generative.model(self.network, self.standardization, self.variables, before, rows, tasks, rows_a_task)

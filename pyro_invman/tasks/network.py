@@ -112,13 +112,18 @@ class ManifoldNetwork(nn.Module):
         """
         return self.base.anchor(*self.context.row_cells(rows))
 
+    def sequence(self, rows: Tensor) -> Anchor | None:
+        """The same of working rows (..., K, D) of tasks, each given the rows before it."""
+        return self.base.sequence(*self.context.row_cells(rows))
+
     def infer(self, rows: Tensor, before: Belief, anchor: Anchor | None = None) -> Belief:
         """q(z | rows) of working rows (..., K, D) with NaN."""
         return self.encoder(self.context, rows, (~rows.isnan() & self.evidence).any(-1), before, anchor)
 
     def evidence_of(self, rows: Tensor, latent: Tensor, anchor: Anchor | None = None) -> Tensor:
-        """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN; `latent` broadcasts against (..., K, L)."""
-        anchor = anchor or self.anchor(rows)
+        """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN, each given the rows of its task before it
+        unless another `anchor` is handed; `latent` broadcasts against (..., K, L)."""
+        anchor = anchor or self.sequence(rows)
         known = ~rows.isnan()
         row = rows.nan_to_num(0.0)
         shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
@@ -128,14 +133,12 @@ class ManifoldNetwork(nn.Module):
         answers = row[..., self.columns].expand(*shape, -1)
         return self.flow.log_prob(given, seen, self.columns, answers, wanted, anchor)
 
-    def dream(
-        self, rows: Tensor, latent: Tensor, generator: torch.Generator | None, anchor: Anchor | None = None
-    ) -> Tensor:
+    def dream(self, rows: Tensor, latent: Tensor, generator: torch.Generator | None) -> Tensor:
         """Rows (..., D) like `rows`, with observations drawn given their settings and `latent` (..., L)."""
-        anchor = anchor or self.anchor(rows)
         known = ~rows.isnan()
         row = rows.nan_to_num(0.0)
         shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
+        anchor = self.base.dreamt(*self.context.row_cells(rows), shape, generator)
         given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
         seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
         drawn = self.flow.draw(given, seen, self.columns, shape, generator=generator, anchor=anchor)
@@ -180,7 +183,7 @@ class ManifoldNetwork(nn.Module):
             mean, variance = (part.detach() for part in self._moments(before))
             truth = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=rows.dtype)
             with torch.no_grad():
-                dreamt = self.dream(seen, truth.unsqueeze(-2), generator, anchor)
+                dreamt = self.dream(seen, truth.unsqueeze(-2), generator)
             missed = -self.infer(dreamt, Belief(*(part.detach() for part in before)), anchor).log_prob(truth)
             loss = loss + aims.dreams * missed.mean() / self.latent_dim
         return loss
@@ -221,7 +224,7 @@ class ManifoldNetwork(nn.Module):
         anchor = anchor or self.anchor(rows)
         belief = self.infer(rows, before, anchor)
         latent = belief.sample(draws, generator)
-        evidence = self.evidence_of(rows, latent.unsqueeze(-2), anchor).sum(-1)
+        evidence = self.evidence_of(rows, latent.unsqueeze(-2)).sum(-1)
         weights = before.log_prob(latent) + evidence - belief.log_prob(latent)
         return weights.logsumexp(0) - math.log(draws), latent, weights.detach().softmax(0)
 

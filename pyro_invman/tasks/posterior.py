@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_invman.data import to_tensor
+from pyro_invman.density.remainder import Remainder
 from pyro_invman.distributions import stack_given
 from pyro_invman.tasks.network import ManifoldNetwork
 from pyro_invman.tasks.predictive import TaskConditional
@@ -95,15 +97,21 @@ class TaskPosterior:
             row,
             self.particles,
             self.log_weights,
+            remainder=self._remainder,
         )
+
+    @cached_property
+    def _remainder(self) -> Remainder | None:
+        return self.network.base.remainder(*self.network.context.row_cells(self.standardization(self.rows)))
 
     def log_prob(self, ds: xr.Dataset) -> Tensor:
         """log p(y | x, η, rows of the task) of all rows of `ds` jointly, in nats and natural units, a scalar."""
         natural = to_tensor(ds, self.variables)
         with torch.no_grad():
-            rows = self.standardization(natural).to(self.network.flow.dtype)
-            anchor = self.network.anchor(rows)
+            rows = self.standardization(torch.cat([self.rows, natural])).to(self.network.flow.dtype)
+            anchor = self.network.sequence(rows)
             parts = self.particles.split(max(1, 65_536 // max(1, len(rows))))
-            scores = torch.cat([self.network.evidence_of(rows, z.unsqueeze(-2), anchor).sum(-1) for z in parts])
+            each = torch.cat([self.network.evidence_of(rows, z.unsqueeze(-2), anchor) for z in parts])
+            scores = each[:, self.num_rows :].sum(-1)
             jacobian = self.standardization.log_abs_det_jacobian(natural)[:, self.network.columns].nansum()
             return (scores + self.log_weights).logsumexp(0) + jacobian.to(scores)

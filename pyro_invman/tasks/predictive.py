@@ -13,7 +13,10 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_invman.density.anyorder import AnyOrderFlow
+from pyro_invman.density.random_functions import Anchor
+from pyro_invman.density.remainder import Remainder
 from pyro_invman.distributions import ConditionalFlow
+from pyro_invman.tasks.effects import TaskContext
 from pyro_invman.variables import Standardization, Variables
 
 _AT_ONCE = 65_536  # rows a pass, which bounds memory
@@ -26,7 +29,8 @@ class TaskConditional(TorchDistribution):
     .. math:: p(t \mid g, \text{rows}) = \sum_s w_s(g)\, p(t \mid g, z_s), \qquad
               w_s(g) \propto w_s\, p(g_y \mid g_x, g_\eta, z_s).
 
-    Exact and normalised for its S components. Given observations :math:`g_y` are evidence about the task and move the
+    Exact and normalised for its S components. Where the base bends and the targets are evidence, each component also
+    knows what the task's rows say beyond the latent (:class:`pyro_invman.density.remainder.Remainder`). Given observations :math:`g_y` are evidence about the task and move the
     weights; given settings are not. Each element of the batch integrates z on its own.
 
     Arguments:
@@ -37,6 +41,7 @@ class TaskConditional(TorchDistribution):
         given: the row in natural units (*batch_shape, D), NaN where a cell is not given.
         particles: latents (S, L).
         log_weights: of the particles (S,), normalised.
+        remainder: what the task's rows say of it beyond the latent, for targets that are evidence.
 
     Shapes:
         batch_shape is that of `given` without its last dimension, event_shape is (n,).
@@ -55,10 +60,12 @@ class TaskConditional(TorchDistribution):
         particles: Tensor,
         log_weights: Tensor,
         validate_args: bool | None = None,
+        remainder: Remainder | None = None,
     ) -> None:
         self.density, self.standardization, self.variables = density, standardization, variables
         self.evidence, self.targets = tuple(evidence), tuple(targets)
         self.given, self.particles, self.prior_log_weights = given, particles, log_weights
+        self.remainder = remainder
         self.has_rsample = (
             not any(variables[c].discrete for c in variables.indices(self.targets)) and not self._informed
         )
@@ -73,10 +80,21 @@ class TaskConditional(TorchDistribution):
         """S"""
         return len(self.particles)
 
-    def _at(self, given: Tensor, latent: Tensor) -> ConditionalFlow:
+    def _at(self, given: Tensor, latent: Tensor, anchor: Anchor | None = None) -> ConditionalFlow:
         return ConditionalFlow(
-            self.density, self.standardization, self.variables, self.targets, given, latent, self._validate_args
+            self.density, self.standardization, self.variables, self.targets, given, latent, self._validate_args, anchor
         )
+
+    def _anchor(self, columns: Sequence[int], given: Tensor) -> Anchor | None:
+        """What the base says of rows by their settings, if all that is asked of them are `columns` of evidence."""
+        if not set(columns) <= set(self.evidence):
+            return None
+        context: TaskContext = self.density.context  # type: ignore[assignment]
+        cells, known = context.row_cells(self.standardization(given).to(self.density.dtype))
+        if self.remainder is None:
+            return context.base_of_tasks.anchor(cells, known)
+        settings = context.base_of_tasks.settings
+        return self.remainder.anchor(cells[..., settings], known[..., settings])
 
     @constraints.dependent_property(event_dim=1)
     def support(self) -> constraints.Constraint:
@@ -95,7 +113,14 @@ class TaskConditional(TorchDistribution):
         settings[..., columns] = math.nan
         names = [self.variables[c].name for c in columns]
         apart = ConditionalFlow(
-            self.density, self.standardization, self.variables, names, settings.unsqueeze(0), None, False
+            self.density,
+            self.standardization,
+            self.variables,
+            names,
+            settings.unsqueeze(0),
+            None,
+            False,
+            self._anchor(columns, settings),
         )
         scores = [self._scores(apart, cells, part) for part in self._parts(cells.shape[:-1].numel())]
         return (weights + torch.cat(scores)).log_softmax(0)
@@ -107,7 +132,14 @@ class TaskConditional(TorchDistribution):
         """log p(value | given, z) (*sample_shape, S', *batch_shape) of some particles (S', L)."""
         latent = latent.reshape(-1, *[1] * len(self.given.shape[:-1]), latent.shape[-1])
         d = ConditionalFlow(
-            self.density, self.standardization, self.variables, template.targets, template.given, latent, False
+            self.density,
+            self.standardization,
+            self.variables,
+            template.targets,
+            template.given,
+            latent,
+            False,
+            template.anchor,
         )
         return d.log_prob(value)
 
@@ -132,7 +164,8 @@ class TaskConditional(TorchDistribution):
 
     def _joined(self, value: Tensor) -> Tensor:
         """log w_s + log p(value | given, z_s), (*sample_shape, S, *own batch)."""
-        template = self._at(self.given.unsqueeze(0), self.particles[0])
+        anchor = self._anchor(self.variables.indices(self.targets), self.given)
+        template = self._at(self.given.unsqueeze(0), self.particles[0], anchor)
         if self._validate_args:
             self._at(self.given, self.particles[0])._validate_sample(value)
         batch = len(self._own_batch)
@@ -150,7 +183,8 @@ class TaskConditional(TorchDistribution):
         reached = weights.expand(*shape, -1).cumsum(-1)
         level = torch.rand(*shape, 1, dtype=reached.dtype, device=reached.device) * reached[..., -1:]
         picked = (reached < level).sum(-1).clamp_max(self.num_components - 1)
-        return self._at(self.given, self.particles[picked])
+        anchor = self._anchor(self.variables.indices(self.targets), self.given)
+        return self._at(self.given, self.particles[picked], anchor)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws (*sample_shape, *batch_shape, n), without gradient."""
@@ -182,6 +216,7 @@ class TaskConditional(TorchDistribution):
             "given",
             "particles",
             "prior_log_weights",
+            "remainder",
             "has_rsample",
         ):
             setattr(new, name, getattr(self, name))

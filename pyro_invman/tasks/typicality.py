@@ -49,7 +49,7 @@ def p_value(
         return 1.0
     latent = before.sample(simulations, generator)
     anchor = network.anchor(rows)
-    dreamt = network.dream(rows.expand(simulations, -1, -1), latent.unsqueeze(-2), generator, anchor)
+    dreamt = network.dream(rows, latent.unsqueeze(-2), generator)
     every = torch.cat([rows.unsqueeze(0), dreamt])
     number = max(1, _AT_ONCE // (_DRAWS * len(rows) * len(network.columns)))
     found = torch.cat([_statistics(network, part, before, generator, anchor) for part in every.split(number)])

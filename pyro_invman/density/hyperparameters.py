@@ -1,0 +1,102 @@
+r"""Length scales and variances of one observation as a random function of settings, shared and of each task."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FLOAT = torch.float64
+JITTER = 1e-6
+
+
+class Hyperparameters(NamedTuple):
+    """Of one observation: length scales (P,) and (V,) of the shared and the task function; variances of the shared
+    function, the task function, the task's offset and the noise (4,)."""
+
+    shared: Tensor
+    own: Tensor
+    variances: Tensor
+
+
+def kernel(a: Tensor, b: Tensor) -> Tensor:
+    """exp(−|a − b|² / 2) (..., N, N')."""
+    squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
+    return (-0.5 * squares.clamp_min(0.0)).exp()
+
+
+def _some_tasks(task: Tensor, most: int, each: int, generator: torch.Generator) -> Tensor:
+    """Rows of whole tasks (at most `each` of one), about `most` in all."""
+    found = [task.new_empty(0)]
+    names = task.unique()
+    for t in names[torch.randperm(len(names), generator=generator)]:
+        rows = (task == t).nonzero()[:, 0]
+        found.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
+        if sum(map(len, found)) >= most:
+            break
+    return torch.cat(found)[:most]
+
+
+def hyperparameters(
+    x: Tensor, varying: Tensor, y: Tensor, seen: Tensor, task: Tensor, seed: int, most: int = 500
+) -> Hyperparameters:
+    """The mode of one observation's marginal likelihood on some whole tasks, under wide priors, from three starts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = seen.nonzero()[:, 0]
+    rows = rows[_some_tasks(task[rows], most, 20, generator)]
+    x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
+    own = x[:, varying]
+    inputs, owned = x.shape[1], own.shape[1]
+    sizes = [inputs, owned, 4]
+    about = torch.tensor(
+        [math.log(max(inputs, 1)) / 2 + math.sqrt(2)] * inputs + [math.log(max(owned, 1)) / 2 + math.sqrt(2)] * owned
+    ).to(_FLOAT)
+    about = torch.cat([about, torch.full((4,), math.log(0.3), dtype=_FLOAT)])
+    width = torch.tensor([3.0] * (inputs + owned) + [4.0] * 4, dtype=_FLOAT)
+    eye = torch.eye(len(y), dtype=_FLOAT)
+
+    def negative(theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log posterior density, and its gradient."""
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_(True)
+            shared, length, variances = theta.clamp(-9.0, 6.0).split(sizes)
+            v = variances.exp()
+            a, b = x * shared.neg().exp(), own * length.neg().exp()
+            covariance = v[0] * kernel(a, a) + same * (v[1] * kernel(b, b) + v[2]) + (v[3] + JITTER) * eye
+            with torch.no_grad():  # the gradient of the normal in closed form spares that of the factor
+                factor = torch.linalg.cholesky(covariance)
+                inverse = torch.cholesky_inverse(factor)
+                solved = inverse @ y
+                value = 0.5 * (y @ solved) + factor.diagonal().log().sum()
+                slope = 0.5 * (inverse - torch.outer(solved, solved))
+            prior = ((theta - about).square() / (2 * width)).sum()
+            ((slope * covariance).sum() + prior).backward()
+        assert theta.grad is not None
+        return value + prior.detach(), theta.grad
+
+    start = about.clone()
+    start[:inputs] -= 1.0
+    start[inputs : inputs + owned] -= 0.5
+    start[-4:] = torch.tensor([0.5, 0.16, 0.16, 0.1], dtype=_FLOAT).log()
+    rapid, apart = start.clone(), start.clone()
+    rapid[inputs : inputs + owned] -= 1.5
+    apart[-4:] += torch.tensor([-1.0, 1.2, 1.2, 0.0], dtype=_FLOAT)
+    tried = [_minimise(negative, begin, 12) for begin in (start, rapid, apart)]
+    _, found = _minimise(negative, min(tried, key=lambda one: one[0])[1], 50)
+    shared, length, variances = found.clamp(-9.0, 6.0).split(sizes)
+    return Hyperparameters(shared, length, variances.exp())
+
+
+def _minimise(negative, start: Tensor, steps: int) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
+    """L-BFGS with a strong Wolfe line search."""
+    theta = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        value, theta.grad = negative(theta)
+        return value
+
+    optimizer.step(closure)
+    return float(negative(theta)[0]), theta.detach()
