@@ -30,8 +30,9 @@ class TaskConditional(TorchDistribution):
               w_s(g) \propto w_s\, p(g_y \mid g_x, g_\eta, z_s).
 
     Exact and normalised for its S components. Where the base bends and the targets are evidence, each component also
-    knows what the task's rows say beyond the latent (:class:`pyro_invman.density.remainder.Remainder`). Given observations :math:`g_y` are evidence about the task and move the
-    weights; given settings are not. Each element of the batch integrates z on its own.
+    knows what the task's rows say beyond the latent (:class:`pyro_invman.density.remainder.Remainder`). Given
+    observations :math:`g_y` are evidence about the task and move the weights; given settings are not. Each element of
+    the batch integrates z on its own.
 
     Arguments:
         density: the flow over the D cells of a row and the L of the latent.
