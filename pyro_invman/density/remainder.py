@@ -86,9 +86,9 @@ def drawn(
     """Anchors of rows (..., K) with that function drawn for each of `shape` (..., ..., K), and noise alone about it."""
     rows = functions.features(settings, known).unflatten(settings.shape[:-1])
     noise = functions.variances[:, 3].clamp_min(1e-12).reshape(-1, *[1] * (rows.mean.dim() - 1))
-    covariance = functions.left_over(rows, rows) + _SHARE * torch.diag_embed(noise.expand_as(rows.mean))
-    spare = (rows.scale.square() - noise - functions.left_over(rows, rows).diagonal(dim1=-2, dim2=-1)).clamp_min(0.0)
-    factor = torch.linalg.cholesky(covariance + torch.diag_embed(spare + JITTER))
+    covariance = functions.left_over(rows, rows)
+    spare = (rows.scale.square() - noise - covariance.diagonal(dim1=-2, dim2=-1)).clamp_min(0.0)
+    factor = torch.linalg.cholesky(covariance + torch.diag_embed(_SHARE * noise + spare + JITTER))
     white = torch.randn(*shape, len(noise), generator=generator, dtype=factor.dtype)
     white = white @ torch.linalg.cholesky(functions.residuals.covariance).mT
     apart = [len(noise), *[1] * (len(shape) - rows.mean.dim() + 1)]  # draws stand before the tasks
