@@ -234,16 +234,23 @@ def _all(real: RealSet, fold: Fold, fit: Cell, seed: int, names: Sequence[str], 
 
 
 def contest_table(cells: dict[str, Cell]) -> str:
-    """Means over tasks of all folds by number of known rows, and paired differences to each rival."""
+    """Means over tasks of the folds that this package has run, by number of known rows, and differences to the rivals.
+
+    A rival stands in the table when it has run on all those folds: differences pair the same tasks.
+    """
     parts = []
-    names = [
-        n for n in (*SIMULATED, *REAL) if any(OURS in cell.get(n, {}).get("fit_cpu_s", {}) for cell in cells.values())
-    ]
+    ran = {
+        name: {fold: cell[name] for fold, cell in cells.items() if OURS in cell.get(name, {}).get("fit_cpu_s", {})}
+        for name in (*SIMULATED, *REAL)
+    }
+    names = [name for name, there in ran.items() if there]
     for name in names:
+        everywhere = set.intersection(*(set(cell["fit_cpu_s"]) for cell in ran[name].values()))
         rows = [
             record | {"set": name, "split": 0, "seed": 0, "output": "all", "task": f"{fold} {record['task']}"}
-            for fold, cell in cells.items()
-            for record in cell.get(name, {}).get("records", [])
+            for fold, cell in ran[name].items()
+            for record in cell["records"]
+            if record["method"] in everywhere
         ]
         table = aggregate(rows).reset_index()
         for direction in table.direction.unique():
@@ -271,10 +278,8 @@ def contest_table(cells: dict[str, Cell]) -> str:
             if direction == "forward":
                 lines += ["", f"Coverage of 90 % intervals, this package: {ours.coverage90:.3f}."]
             parts.append("\n".join(lines))
-    first = next(iter(cells.values()))
     for name in names:
-        spent = ", ".join(
-            f"{method} {seconds:.0f}" for method, seconds in first.get(name, {"fit_cpu_s": {}})["fit_cpu_s"].items()
-        )
-        parts.append(f"Fit to the first fold of {name}, CPU s: {spent}.")
+        first = next(iter(ran[name].values()))["fit_cpu_s"]
+        spent = ", ".join(f"{method} {seconds:.0f}" for method, seconds in first.items())
+        parts.append(f"Folds of {name}: {len(ran[name])}. Fit to the first, CPU s: {spent}.")
     return "\n\n".join(parts)
