@@ -25,6 +25,8 @@ FLOORS = [
     ["tasks.rows", "tasks.prior", "tasks.effects", "tasks.fingerprint"],
     ["tasks.encoder", "tasks.predictive"],
     ["tasks.network"],
+    ["tasks.designs"],
+    ["tasks.inverse"],
     ["tasks.learning", "tasks.typicality", "tasks.inference", "tasks.posterior"],
     ["tasks.generative", "tasks.memory"],
     ["tasks.manifold"],

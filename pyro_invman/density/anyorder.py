@@ -194,6 +194,11 @@ class AnyOrderFlow(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.out.weight.dtype
 
+    def head_of(self, row: Tensor, known: Tensor, target: int, anchor: Any = None) -> Mixture | Spline:
+        """p(target | known cells) of a continuous column, for working rows (..., D), as a law of one cell."""
+        (raw, mean, scale, _), column = self._ask(row, known, target, anchor)
+        return self.cell(raw, mean, scale, column)
+
     # ------------------------------------------------------------------ whole queries
     def log_prob(
         self,

@@ -27,6 +27,23 @@ class Univariate(Protocol):
     def icdf(self, probability: Tensor) -> Tensor: ...
 
 
+def _bisected(law: Univariate, probability: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    r"""Quantile (...,) of a law between `low` and `high`; its gradient is that of the implicit function
+    :math:`\partial v = (\partial u - \partial F) / p(v)`."""
+    with torch.no_grad():
+        low, high = (end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high))
+        for _ in range(60 if probability.dtype == torch.float64 else 34):
+            middle = (low + high) / 2
+            right = law.cdf(middle) < probability
+            low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+        value = (low + high) / 2
+    if not torch.is_grad_enabled():
+        return value
+    density = law.log_prob(value.detach()).detach().exp()
+    change = (probability - law.cdf(value)) / density.clamp_min(1e-30)
+    return value + (change - change.detach())  # the value stays within the support, only the gradient is added
+
+
 def _log_interval_mass(low: Tensor, high: Tensor) -> Tensor:
     """log(Φ(high) − Φ(low)) for low < high, both finite, stable in both tails."""
     flip = low > 0  # work in the left tail, where log_ndtr is accurate
@@ -100,8 +117,7 @@ class Mixture:
         return torch.where(inside, below, (value >= self.ends[1]).to(value))
 
     def icdf(self, probability: Tensor) -> Tensor:
-        """Quantile (...,), found by bisection; its gradient is that of the implicit function
-        :math:`\\partial v = (\\partial u - \\partial F) / p(v)`."""
+        """Quantile (...,), found by bisection, differentiable."""
         with torch.no_grad():
             nearest = self.loc
             if self.ends is not None:
@@ -109,17 +125,7 @@ class Mixture:
             low, high = (nearest - 12.0 * self.scale).amin(-1), (nearest + 12.0 * self.scale).amax(-1)
             if self.ends is not None:
                 low, high = low.maximum(self.ends[0]), high.minimum(self.ends[1])
-            low, high = (end.expand(torch.broadcast_shapes(end.shape, probability.shape)) for end in (low, high))
-            for _ in range(60 if probability.dtype == torch.float64 else 34):
-                middle = (low + high) / 2
-                right = self.cdf(middle) < probability
-                low, high = torch.where(right, middle, low), torch.where(right, high, middle)
-            value = (low + high) / 2
-        if not torch.is_grad_enabled():
-            return value
-        density = self.log_prob(value.detach()).detach().exp()
-        change = (probability - self.cdf(value)) / density.clamp_min(1e-30)
-        return value + (change - change.detach())  # the value stays within the support, only the gradient is added
+        return _bisected(self, probability, low, high)
 
     def sample(self, generator: torch.Generator | None = None, shape: torch.Size | None = None) -> Tensor:
         """Draws of `shape`, to which the batch shape must broadcast (default: one a batch element); no gradient."""
@@ -274,3 +280,27 @@ class Spline:
             )
             eps = torch.finfo(uniform.dtype).eps
             return self.icdf(uniform.clamp(eps, 1 - eps))
+
+
+class Blend:
+    """Either of two laws of a cell, `first` with probability `share` (...,)."""
+
+    def __init__(self, first: Univariate, second: Univariate, share: Tensor) -> None:
+        self.first, self.second, self.share = first, second, share
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (...,)."""
+        share = self.share
+        return torch.logaddexp(
+            share.log() + self.first.log_prob(value), share.neg().log1p() + self.second.log_prob(value)
+        )
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution function (...,)."""
+        return self.share * self.first.cdf(value) + (1 - self.share) * self.second.cdf(value)
+
+    def icdf(self, probability: Tensor) -> Tensor:
+        """Quantile (...,), between those of the two, by bisection, differentiable."""
+        with torch.no_grad():
+            ends = self.first.icdf(probability), self.second.icdf(probability)
+        return _bisected(self, probability, torch.minimum(*ends), torch.maximum(*ends))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.queries import QueryMix
+from pyro_invman.tasks.designs import share_that_follows
 from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.rows import TaskRows
 from pyro_invman.training import Record, Schedule, train
@@ -54,7 +55,16 @@ def train_network(
     def validate(module: nn.Module) -> float:
         return held_out_loss(module, rows, conditions, queries, aims, seed)  # type: ignore[arg-type]
 
-    return train(network, loss, validate, len(learned), plan, seed=seed + 2, **run)
+    history = train(network, loss, validate, len(learned), plan, seed=seed + 2, **run)
+    learn_habits(network, data.batch(held_out, _ROWS_A_TASK, fixed), data.conditions[held_out])
+    return history
+
+
+@torch.no_grad()
+def learn_habits(network: ManifoldNetwork, rows: Tensor, conditions: Tensor) -> None:
+    """How far tasks (T,) held out, with working rows (T, K, D), choose their settings as those learned did."""
+    belief = network.infer(rows, network.before(conditions))
+    network.follow.copy_(share_that_follows(network, rows, belief.mean()))
 
 
 @torch.no_grad()

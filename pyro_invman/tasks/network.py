@@ -47,6 +47,7 @@ class ManifoldNetwork(nn.Module):
     roles: Tensor
     evidence: Tensor
     constant: Tensor
+    follow: Tensor
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class ManifoldNetwork(nn.Module):
         self.register_buffer("roles", roles, persistent=False)
         self.register_buffer("evidence", evidence, persistent=False)
         self.register_buffer("constant", torch.zeros_like(evidence))
+        self.register_buffer("follow", torch.full(evidence.shape, 0.5))
         owner = context.owner[: len(context.owner) - latent_dim]
         self.base = TaskEffects((~evidence)[owner].tolist(), latent_dim)
         context.__dict__["base_of_tasks"] = self.base  # seen, not owned: its state is kept once

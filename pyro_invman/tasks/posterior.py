@@ -15,6 +15,8 @@ from torch import Tensor
 from pyro_invman.data import to_tensor
 from pyro_invman.density.remainder import Remainder
 from pyro_invman.distributions import stack_given
+from pyro_invman.tasks.designs import evidence_to_follow
+from pyro_invman.tasks.inverse import TaskInverse
 from pyro_invman.tasks.network import ManifoldNetwork
 from pyro_invman.tasks.predictive import TaskConditional
 from pyro_invman.variables import DataError, Standardization, Variables
@@ -88,8 +90,7 @@ class TaskPosterior:
         known = {name: value for name, value in self.conditions.items() if name not in targets and name not in given}
         dtype = torch.promote_types(torch.get_default_dtype(), self.network.flow.dtype)
         row = stack_given(self.variables, known | given, dtype)
-        return TaskConditional(
-            self.network.flow,
+        arguments = (
             self.standardization,
             self.variables,
             self.network.columns,
@@ -97,8 +98,31 @@ class TaskPosterior:
             row,
             self.particles,
             self.log_weights,
-            remainder=self._remainder,
         )
+        if self._sought(targets, row):
+            return TaskInverse(self.network, self._follows(targets[0]), *arguments, remainder=self._remainder)
+        return TaskConditional(self.network.flow, *arguments, remainder=self._remainder)
+
+    def _sought(self, targets: Sequence[str], row: Tensor) -> bool:
+        """Whether one setting that varies within a task is asked for, given observations, and the base bends, so that
+        rows say more of the task than a direct conditional knows."""
+        columns = self.variables.indices(targets)
+        if self.network.base.functions is None or len(columns) > 1 or self.variables[columns[0]].discrete:
+            return False
+        apart = columns[0] in self.network.columns or bool(self.network.constant[columns[0]])
+        return not apart and bool((~row[..., self.network.columns].isnan()).any())
+
+    def _follows(self, name: str) -> Tensor:
+        """Probability () that a setting of this task follows its others as in the tasks that were learned."""
+        column = self.variables.index(name)
+        with torch.no_grad():
+            rows = self.standardization(self.rows).to(self.network.flow.dtype)
+            gain = evidence_to_follow(self.network, rows, self._centre, column)
+            return (self.network.follow[column].logit() + gain).sigmoid()
+
+    @property
+    def _centre(self) -> Tensor:
+        return (self.log_weights.exp().unsqueeze(-1) * self.particles).sum(0)
 
     @cached_property
     def _remainder(self) -> Remainder | None:

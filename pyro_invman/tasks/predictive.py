@@ -49,6 +49,18 @@ class TaskConditional(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    _kept: ClassVar[tuple[str, ...]] = (
+        "density",
+        "standardization",
+        "variables",
+        "evidence",
+        "targets",
+        "given",
+        "particles",
+        "prior_log_weights",
+        "remainder",
+        "has_rsample",
+    )
 
     def __init__(
         self,
@@ -105,6 +117,11 @@ class TaskConditional(TorchDistribution):
     @lazy_property
     def log_weights(self) -> Tensor:
         """Normalised log-weights of the components (S, *batch_shape)."""
+        return self._weighed.log_softmax(0)
+
+    @lazy_property
+    def _weighed(self) -> Tensor:
+        """log w_s + log p(given observations | given settings, z_s) (S, *batch_shape)."""
         weights = self.prior_log_weights.reshape(-1, *[1] * len(self._own_batch))
         if not self._informed:
             return weights.expand(-1, *self.given.shape[:-1])
@@ -124,7 +141,7 @@ class TaskConditional(TorchDistribution):
             self._anchor(columns, settings),
         )
         scores = [self._scores(apart, cells, part) for part in self._parts(cells.shape[:-1].numel())]
-        return (weights + torch.cat(scores)).log_softmax(0)
+        return weights + torch.cat(scores)
 
     def _parts(self, rows: int) -> tuple[Tensor, ...]:
         return self.particles.split(max(1, _AT_ONCE // max(1, rows)))
@@ -208,18 +225,7 @@ class TaskConditional(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: TaskConditional | None = None) -> TaskConditional:
         """The same law over a larger batch; nothing is copied."""
         new = self._get_checked_instance(type(self), _instance)
-        for name in (
-            "density",
-            "standardization",
-            "variables",
-            "evidence",
-            "targets",
-            "given",
-            "particles",
-            "prior_log_weights",
-            "remainder",
-            "has_rsample",
-        ):
+        for name in self._kept:
             setattr(new, name, getattr(self, name))
         batch_shape = torch.Size(batch_shape)
         if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
