@@ -94,7 +94,7 @@ class Manifold:
     def fit(self, real: RealSet, fold: Fold, seed: int) -> None:
         """Learns from the rows of the fold."""
         ds = real.ds.isel(row=fold.rows)
-        self.manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=self.latent_dim, seed=seed, **self.settings)
+        self.manifold = pim.ProcessManifold(variables_of(ds), self.latent_dim, seed=seed, **self.settings)
         self.history = self.manifold.fit(ds, seed=seed, progress=False, **self.keywords)
 
     def _task(self, real: RealSet, asked: Episode, k: int, forward: bool) -> pim.TaskPosterior:

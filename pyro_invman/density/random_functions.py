@@ -7,7 +7,7 @@ coordinates of a few inducing rows, whose task functions learn from the tasks ho
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from pyro_invman.density.hyperparameters import JITTER, hyperparameters, kernel
 from pyro_invman.density.random_effects import Measurements
 
 _FLOAT = torch.float64
+_UNSAID = 0.003  # of the rows' variance that inducing rows may leave out, on average
 
 
 class Anchor(NamedTuple):
@@ -194,7 +195,7 @@ class RandomFunctions(nn.Module):
         latent_dim: int,
         *,
         strength: float = 10.0,
-        inducing: int = 100,
+        inducing: int = 400,
         own_inducing: int = 24,
         iterations: int = 8,
         seed: int = 0,
@@ -266,9 +267,22 @@ class RandomFunctions(nn.Module):
 _NAMES = tuple(name for name in RandomFunctions.__annotations__)
 
 
+class _Reduced(NamedTuple):
+    """A task's cells with its functions integrated out: :math:`R w` predicts `answers` (r,) of unit noise from the
+    shared weights w, `shared` R (r, M I). `own` P (r, M F) leads back: the functions' mean is
+    :math:`P^T (\\text{answers} - R w)`."""
+
+    shared: Tensor
+    answers: Tensor
+    own: Tensor
+
+
 class _Mixed:
     """The linear mixed model of given features: shared (M, N, I) and own (M, N, F), answers (N, M) where seen, and
-    variances (M, N) of what else is in them."""
+    variances (M, N) of what else is in them.
+
+    A task with fewer cells than it has features is worked out in its cells, any other in its features.
+    """
 
     def __init__(
         self, shared: Tensor, own: Tensor, y: Tensor, seen: Tensor, task: Tensor, noise: Tensor, strength: float
@@ -280,33 +294,70 @@ class _Mixed:
         self.shared, self.own, self.y = shared[:, order] * weight, own[:, order] * weight, y[order].mT * weight[..., 0]
         ends = torch.bincount(task, minlength=self.tasks).cumsum(0).tolist()
         self.rows = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-        among = torch.stack([self.own[:, rows].mT @ self.own[:, rows] for rows in self.rows])
-        across = torch.stack([self.own[:, rows].mT @ self.shared[:, rows] for rows in self.rows])
-        self.among, self.across = _block_diagonal(among), _block_diagonal(across)
-        self.own_y = torch.stack([(self.own[:, r].mT @ self.y[:, r, None]).flatten() for r in self.rows]).unsqueeze(-1)
-        self.shared_y = (self.shared.mT @ self.y.unsqueeze(-1)).flatten()
-        self.total = _block_diagonal((self.shared.mT @ self.shared).unsqueeze(0))[0]
-        self.covariance = torch.eye(self.among.shape[-1], dtype=_FLOAT)
+        self.width = self.own.shape[0] * self.own.shape[2]
+        self.in_cells = [int(self.seen[:, rows].sum()) < self.width for rows in self.rows]
+        whole = torch.tensor([not few for few in self.in_cells])[self.task] & self.seen
+        self.total = _block_diagonal((self.shared * whole.unsqueeze(-1)).mT @ self.shared)
+        self.shared_y = (self.shared.mT @ (self.y * whole).unsqueeze(-1)).flatten()
+        self.among = torch.stack([self.own[:, rows].mT @ self.own[:, rows] for rows in self.rows])
+        self.covariance = torch.eye(self.width, dtype=_FLOAT)
+
+    def _cells(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Shared (C, M I) and own features (C, M F), and answers (C,), of the cells seen in a task."""
+        rows, found = self.rows[t], []
+        for q, seen in enumerate(self.seen[:, rows]):
+            wide = [
+                nn.functional.pad(part[q, rows][seen], (q * part.shape[2], (len(part) - 1 - q) * part.shape[2]))
+                for part in (self.shared, self.own)
+            ]
+            found.append((*wide, self.y[q, rows][seen]))
+        shared, own, y = (torch.cat(part) for part in zip(*found, strict=True))
+        return shared, own, y
+
+    def _reduced(self, t: int, prior: Tensor) -> _Reduced:
+        if self.in_cells[t]:
+            shared, own, y = self._cells(t)
+            left = own @ self.covariance
+            factor = torch.linalg.cholesky(left @ own.mT + torch.eye(len(y), dtype=_FLOAT))
+            sides = torch.cat([shared, y.unsqueeze(-1), left], -1)
+        else:
+            rows = self.rows[t]
+            own, y = self.own[:, rows], self.y[:, rows, None]
+            across, own_y = _block_diagonal(own.mT @ self.shared[:, rows]), (own.mT @ y).flatten()
+            factor = torch.linalg.cholesky(prior + _block_diagonal(self.among[t]))
+            sides = torch.cat([across, own_y.unsqueeze(-1), torch.eye(self.width, dtype=_FLOAT)], -1)
+        white = torch.linalg.solve_triangular(factor, sides, upper=False)
+        shared, y, own = white.split([len(self.total), 1, self.width], -1)
+        return _Reduced(shared, y.squeeze(-1), own)
 
     def step(self) -> None:
         """One round of expectation–maximisation; weights of the shared functions are integrated out."""
         prior = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance))
-        factor = torch.linalg.cholesky(prior + self.among)
-        sides = torch.cat([self.across, self.own_y], -1)
-        reduced = torch.linalg.solve_triangular(factor, sides, upper=False).flatten(0, 1)
+        parts = [self._reduced(t, prior) for t in range(self.tasks)]
+        sign = torch.cat([torch.full((len(p.answers),), 1.0 if few else -1.0) for p, few in self._each(parts)])
+        shared, answers = torch.cat([p.shared for p in parts]), torch.cat([p.answers for p in parts])
+        signed = shared * sign.to(_FLOAT).unsqueeze(-1)
         eye = torch.eye(len(self.total), dtype=_FLOAT)
-        self.factor = torch.linalg.cholesky(self.total + eye - reduced[:, :-1].mT @ reduced[:, :-1])
-        right = self.shared_y - reduced[:, :-1].mT @ reduced[:, -1]
-        solved = torch.cholesky_solve(right.unsqueeze(-1), self.factor)
-        self.weights = solved.reshape(len(self.shared), -1)
-        spread = torch.cholesky_inverse(factor)  # (T, B, B)
-        self.functions = (spread @ (self.own_y - self.across @ solved)).squeeze(-1)
-        gain = spread @ self.across  # how the task functions give way to the shared ones
-        lean = torch.linalg.solve_triangular(self.factor, gain.mT, upper=False)
-        moments = self.functions.mT @ self.functions + (spread + lean.mT @ lean).sum(0)
-        self.covariance = (self.strength * torch.eye(len(moments), dtype=_FLOAT) + moments) / (
-            self.strength + self.tasks
-        )
+        self.factor = torch.linalg.cholesky(self.total + eye + signed.mT @ shared)
+        right = self.shared_y + signed.mT @ answers
+        weights = torch.cholesky_solve(right.unsqueeze(-1), self.factor).squeeze(-1)
+        self.weights = weights.reshape(len(self.shared), -1)
+        off, lean = answers - shared @ weights, torch.linalg.solve_triangular(self.factor, shared.mT, upper=False)
+        sizes = [len(p.answers) for p in parts]
+        moments, functions = torch.zeros_like(self.covariance), []
+        for (p, few), left, leant in zip(self._each(parts), off.split(sizes), lean.split(sizes, -1), strict=True):
+            functions.append(p.own.mT @ left)
+            spread = leant.mT @ leant  # of the cells, as the shared weights are not known
+            spread.diagonal().add_(-1.0 if few else 1.0)
+            moments += p.own.mT @ spread @ p.own
+            if few:
+                moments += self.covariance
+        self.functions = torch.stack(functions)
+        moments += self.functions.mT @ self.functions
+        self.covariance = (self.strength * torch.eye(self.width, dtype=_FLOAT) + moments) / (self.strength + self.tasks)
+
+    def _each(self, parts: list[_Reduced]) -> Iterator[tuple[_Reduced, bool]]:
+        return zip(parts, self.in_cells, strict=True)
 
     def explained(self, whiten: Tensor) -> Tensor:
         """A factor (M, I, R) of the share of each shared function's variance that is known, of kernels to the inducing
@@ -322,7 +373,7 @@ class _Mixed:
     def directions(self, latent_dim: int) -> tuple[Tensor, Tensor]:
         """Loadings (M, F, L) of the directions that move observations most, and a factor (M, F, F) of the others."""
         factor = torch.linalg.cholesky(self.covariance)
-        _, turn = torch.linalg.eigh(factor.mT @ self.among.sum(0) @ factor)
+        _, turn = torch.linalg.eigh(factor.mT @ _block_diagonal(self.among.sum(0)) @ factor)
         turned = (factor @ turn).flip(-1)
         if latent_dim > turned.shape[-1]:
             turned = nn.functional.pad(turned, (0, latent_dim - turned.shape[-1]))
@@ -344,12 +395,8 @@ class _Mixed:
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
-    """(T, M, A, B) to (T, M A, M B)."""
-    tasks, outputs, a, b = blocks.shape
-    wide = blocks.new_zeros(tasks, outputs, a, outputs, b)
-    for q in range(outputs):
-        wide[:, q, :, q] = blocks[:, q]
-    return wide.reshape(tasks, outputs * a, outputs * b)
+    """(M, A, B) to (M A, M B)."""
+    return torch.block_diag(*blocks)
 
 
 def _varies(x: Tensor, task: Tensor) -> Tensor:
@@ -366,24 +413,24 @@ def _features(near: Tensor, places: Tensor, whiten: Tensor) -> tuple[Tensor, Ten
     return features, (1 - features.square().sum(-1)).clamp_min(0.0)
 
 
-def _inducing(x: Tensor, rates: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Scaled inducing rows (M, I, P), each the one that those before it say least about, and whitening (M, I, I)."""
-    number = min(number, len(x))
-    places = []
-    for rate in rates:
-        scaled = x * rate
-        left = torch.ones(len(x), dtype=_FLOAT)
-        factor = torch.zeros(len(x), number, dtype=_FLOAT)
-        chosen: list[int] = []
-        for j in range(number):
-            pick = int(left.argmax())
-            column = kernel(scaled[pick : pick + 1], scaled)[0] - factor[:, :j] @ factor[pick, :j]
-            factor[:, j] = column / (left[pick] + JITTER).sqrt()
-            left = (left - factor[:, j].square()).clamp_min(0.0)
-            left[pick] = 0.0
-            chosen.append(pick)
-        places.append(scaled[chosen])
-    where = torch.stack(places)
-    eye = torch.eye(number, dtype=_FLOAT)
+def _inducing(x: Tensor, rates: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Scaled inducing rows (M, I, P), each the one that those before it say least about, until they say
+    nearly all of the others or are `most`; and whitening (M, I, I)."""
+    scaled = x * rates.unsqueeze(1)
+    left = torch.ones(scaled.shape[:2], dtype=_FLOAT)
+    factor = torch.zeros(*scaled.shape[:2], min(most, len(x)), dtype=_FLOAT)
+    each, chosen = torch.arange(len(rates)), []
+    for j in range(factor.shape[-1]):
+        pick = left.argmax(-1)
+        column = kernel(scaled[each, pick].unsqueeze(1), scaled).squeeze(1)
+        column = column - (factor[..., :j] @ factor[each, pick, :j].unsqueeze(-1)).squeeze(-1)
+        factor[..., j] = column / (left[each, pick] + JITTER).sqrt().unsqueeze(-1)
+        left = (left - factor[..., j].square()).clamp_min(0.0)
+        left[each, pick] = 0.0
+        chosen.append(pick)
+        if bool((left.mean(-1) < _UNSAID).all()):
+            break
+    where = scaled[each, torch.stack(chosen)].movedim(0, 1)
+    eye = torch.eye(len(chosen), dtype=_FLOAT)
     factor = torch.linalg.cholesky(kernel(where, where) + JITTER * eye)
     return where, torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
