@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_invman"
 FLOORS = [
     ["variables"],
     ["training", "density.univariate", "density.gaussian", "density.queries", "density.hyperparameters"],
-    ["density.context", "density.random_effects", "storage"],
+    ["density.context", "density.random_effects", "density.outliers", "storage"],
     ["density.backbones", "density.random_functions"],
     ["density.anyorder", "density.remainder", "density.velocity"],
     ["density.bijections", "density.conditional_gaussian"],
