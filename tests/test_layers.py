@@ -25,7 +25,7 @@ FLOORS = [
     ["tasks.rows", "tasks.prior", "tasks.effects", "tasks.fingerprint"],
     ["tasks.encoder", "tasks.predictive"],
     ["tasks.network"],
-    ["tasks.learning", "tasks.typicality", "tasks.inference", "tasks.posterior"],
+    ["tasks.learning", "tasks.typicality", "tasks.inference", "tasks.posterior", "tasks.contamination"],
     ["tasks.generative", "tasks.memory"],
     ["tasks.manifold"],
     ["saved", "plots"],
