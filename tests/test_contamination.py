@@ -7,7 +7,7 @@ import torch
 
 import pyro_invman as pim
 from pyro_invman.data import from_tensor, to_tensor
-from pyro_invman.density.outliers import NormalRows
+from pyro_invman.density.normal_rows import NormalRows
 from pyro_invman.simulators.linear_gaussian import HierarchicalLinearGaussian
 from pyro_invman.tasks.contamination import Contamination, normal_rows
 from pyro_invman.tasks.effects import TaskEffects

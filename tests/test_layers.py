@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_invman"
 # from the ground up; a module may import from floors below its own, and within a floor only as listed in BESIDE
 FLOORS = [
     ["variables"],
-    ["training", "density.univariate", "density.gaussian", "density.queries", "density.hyperparameters"],
+    [
+        "training",
+        "density.univariate",
+        "density.gaussian",
+        "density.queries",
+        "density.hyperparameters",
+        "density.normal_rows",
+    ],
     ["density.context", "density.random_effects", "density.outliers", "storage"],
     ["density.backbones", "density.random_functions"],
     ["density.anyorder", "density.remainder", "density.velocity"],

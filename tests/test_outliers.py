@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from pyro_invman.density.outliers import GrossErrors, NormalRows, outlier_probabilities
+from pyro_invman.density.normal_rows import NormalRows
+from pyro_invman.density.outliers import GrossErrors, outlier_probabilities
 
 M, L = 3, 2
 ERRORS = GrossErrors(torch.tensor([0.1, 0.2, 0.05]).double(), torch.zeros(3).double(), torch.full((3,), 8.0).double())

@@ -8,17 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_invman.density.normal_rows import HALF_LOG_2PI, NormalRows
+
 _MOST = 1 - 1e-4  # probability beyond which a cell weighs no less
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-
-class NormalRows(NamedTuple):
-    """M observations of each of N rows as normals :math:`N(m + U z, C)` given their settings and their task's latent:
-    `mean` (N, M), `directions` (N, M, L), `covariance` (N, M, M)."""
-
-    mean: Tensor
-    directions: Tensor
-    covariance: Tensor
 
 
 class GrossErrors(NamedTuple):
@@ -80,28 +72,16 @@ def outlier_probabilities(
             if bool(((weight - last).abs() < 1e-4).all()):
                 break
         found.append(weight)
-        scores.append(_log_joint(rows, residual, seen, task, before, weight > 0.5, errors, answers))
+        outlier = weight > 0.5
+        apart = torch.where(outlier, errors.chance.log() + errors.log_prob(answers), errors.chance.neg().log1p())
+        clean = rows.log_evidence(torch.where(outlier, 0.0, residual), seen & ~outlier, task, before)
+        scores.append(clean.index_add(0, task, torch.where(seen, apart, 0.0).sum(-1)))
     suspicious = (scores[1] > scores[0])[task].unsqueeze(-1)
     return torch.where(suspicious, found[1], found[0])
 
 
 def _log_normal(value: Tensor, mean: Tensor | float, variance: Tensor) -> Tensor:
-    return -0.5 * (value - mean).square() / variance - 0.5 * variance.log() - _HALF_LOG_2PI
-
-
-def _believed(
-    rows: NormalRows, residual: Tensor, heard: Tensor, extra: Tensor, task: Tensor, before: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse covariances (N, M, M) given the latent of the cells that are `heard`, log determinants (N,) of the
-    covariances, and precision (T, L, L) and precision times mean (T, L) of the latents."""
-    both = heard.unsqueeze(-1) & heard.unsqueeze(-2)
-    eye = torch.eye(heard.shape[-1], dtype=residual.dtype, device=residual.device)
-    factor = torch.linalg.cholesky(torch.where(both, rows.covariance + torch.diag_embed(extra), eye))
-    inverse = torch.where(both, torch.cholesky_inverse(factor), 0.0)
-    weighted = inverse @ rows.directions
-    precision = before[0].index_add(0, task, rows.directions.mT @ weighted)
-    shift = before[1].index_add(0, task, (weighted.mT @ residual.unsqueeze(-1)).squeeze(-1))
-    return inverse, 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), precision, shift
+    return -0.5 * (value - mean).square() / variance - 0.5 * variance.log() - HALF_LOG_2PI
 
 
 def _left_out(
@@ -111,7 +91,8 @@ def _left_out(
     own = rows.covariance.diagonal(dim1=-2, dim2=-1)
     weight = weight.clamp_max(_MOST)
     extra = own * weight / (1 - weight)
-    inverse, _, precision, shift = _believed(rows, residual, seen, extra, task, before)
+    softened = rows._replace(covariance=rows.covariance + torch.diag_embed(extra))
+    inverse, _, precision, shift = softened.weighed(residual, seen, task, before)
     factor = torch.linalg.cholesky(precision)
     latent = torch.cholesky_solve(shift.unsqueeze(-1), factor)[task]
     weighted = torch.linalg.solve_triangular(factor[task], (inverse @ rows.directions).mT, upper=False)
@@ -119,26 +100,3 @@ def _left_out(
     diagonal = torch.where(seen, diagonal, 1.0)
     pulled = (inverse @ (residual.unsqueeze(-1) - rows.directions @ latent)).squeeze(-1)
     return residual - pulled / diagonal, (1 / diagonal - extra).maximum(1e-6 * own)
-
-
-def _log_joint(
-    rows: NormalRows,
-    residual: Tensor,
-    seen: Tensor,
-    task: Tensor,
-    before: tuple[Tensor, Tensor],
-    outlier: Tensor,
-    errors: GrossErrors,
-    answers: Tensor,
-) -> Tensor:
-    """Log-density (T,), but for what does not depend on which they are, of cells some of which are outliers."""
-    heard = seen & ~outlier
-    inverse, size, precision, shift = _believed(rows, residual, heard, torch.zeros_like(residual), task, before)
-    factor = torch.linalg.cholesky(precision)
-    white = torch.linalg.solve_triangular(factor, shift.unsqueeze(-1), upper=False).squeeze(-1)
-    alone = -0.5 * ((inverse @ residual.unsqueeze(-1)).squeeze(-1) * residual).sum(-1) - 0.5 * size
-    alone = alone - _HALF_LOG_2PI * heard.sum(-1)
-    apart = torch.where(outlier & seen, errors.chance.log() + errors.log_prob(answers), 0.0)
-    kept = torch.where(heard, errors.chance.neg().log1p().expand_as(residual), 0.0)
-    together = 0.5 * white.square().sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return together.index_add(0, task, alone + (apart + kept).sum(-1))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.gaussian import distinct
-from pyro_invman.density.outliers import GrossErrors, NormalRows, outlier_probabilities
+from pyro_invman.density.normal_rows import NormalRows
+from pyro_invman.density.outliers import GrossErrors, outlier_probabilities
 from pyro_invman.tasks.effects import TaskEffects
 from pyro_invman.tasks.encoder import Belief
 from pyro_invman.tasks.network import ManifoldNetwork
