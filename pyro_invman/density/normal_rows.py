@@ -39,8 +39,8 @@ class NormalRows(NamedTuple):
         )
 
     def weighed(self, residual: Tensor, heard: Tensor, task: Tensor, before: tuple[Tensor, Tensor]) -> Weighed:
-        """What residuals (N, M) from the mean say, where `heard`, of the latents of tasks (N,): their precision (T, L, L)
-        and precision times mean (T, L) were `before`."""
+        """What residuals (N, M) from the mean say, where `heard`, of latents of tasks (N,) with precision (T, L, L) and
+        precision times mean (T, L) `before`."""
         both = heard.unsqueeze(-1) & heard.unsqueeze(-2)
         eye = torch.eye(heard.shape[-1], dtype=residual.dtype, device=residual.device)
         factor = torch.linalg.cholesky(torch.where(both, self.covariance, eye))

@@ -67,7 +67,7 @@ class Contamination(nn.Module):
     @torch.no_grad()
     def probabilities(self, network: ManifoldNetwork, rows: Tensor, task: Tensor, before: Belief) -> Tensor:
         """Of working rows (N, D) of tasks (N,) with prior beliefs (T,): (N, D), 0 but for observed evidence."""
-        base, cells = network.base, _cells(network, rows)
+        base, cells = network.base, cells_of(network, rows)
         found = self._of_cells(base, cells, task, (before.precision.double(), before.shift.double()))
         owner = network.context.owner[base.answers]
         cell = network.context.first[network.columns]
@@ -88,7 +88,7 @@ class Contamination(nn.Module):
         """
         level = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         context, base = network.context, network.base
-        cells = _cells(network, rows)
+        cells = cells_of(network, rows)
         owner = context.owner[base.answers]
         settings = torch.zeros(cells.shape[1], dtype=torch.bool).index_fill(0, base.settings, True)
         continuous = ~context.categorical[owner]
@@ -110,7 +110,7 @@ class Contamination(nn.Module):
         """How often errors come and where they lie, of working rows (N, D) with probabilities (N, D)."""
         base, context = network.base, network.context
         owner = context.owner[base.answers]
-        answers = _cells(network, rows)[:, base.answers]
+        answers = cells_of(network, rows)[:, base.answers]
         self._learn(answers, probability[:, owner], ~context.categorical[owner])
 
     def _learn(self, answers: Tensor, weight: Tensor, continuous: Tensor) -> None:
@@ -152,7 +152,7 @@ def normal_rows(base: TaskEffects, cells: Tensor, known: Tensor) -> NormalRows:
     )
 
 
-def _cells(network: ManifoldNetwork, rows: Tensor) -> Tensor:
+def cells_of(network: ManifoldNetwork, rows: Tensor) -> Tensor:
     """Cells (N, E) with NaN of working rows (N, D), in double precision."""
     cells, known = network.context.row_cells(rows)
     return cells.double().masked_fill(~known, math.nan)

@@ -13,14 +13,13 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_invman import storage
-from pyro_invman.data import to_tensor, validate, variables_of
+from pyro_invman.data import labels_of, to_tensor, validate, variables_of
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix
-from pyro_invman.density.random_functions import RandomFunctions
 from pyro_invman.joint import unrounded
 from pyro_invman.results import history_dataset, inference_tree, outlier_dataset
 from pyro_invman.tables import suggest
-from pyro_invman.tasks import generative, inference
+from pyro_invman.tasks import generative, inference, keeping
 from pyro_invman.tasks.contamination import Contamination
 from pyro_invman.tasks.encoder import Belief
 from pyro_invman.tasks.fingerprint import Fingerprint, Likeness, corrected, nearest, similarity
@@ -30,6 +29,7 @@ from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.tasks.prior import GaussianProcessPrior
 from pyro_invman.tasks.rows import TaskRows, by_task, conditions_of, first_known, of_one_task
+from pyro_invman.tasks.sources import Sources, apart
 from pyro_invman.tasks.typicality import p_value, widened
 from pyro_invman.training import Schedule
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
@@ -56,6 +56,8 @@ class ProcessManifold(PyroModule):
         encoder: keywords of :class:`pyro_invman.tasks.encoder.TaskEncoder`.
         contamination: whether observed cells may be gross errors; those that likely are, by what the others say of them
             (:class:`pyro_invman.tasks.contamination.Contamination`), are then left out, in learning and of new rows.
+        reference_source: the source that is learned and predicted; rows of others are heard as instruments
+            (:class:`pyro_invman.tasks.sources.Sources`). Where none is named, sources are not told apart.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class ProcessManifold(PyroModule):
         flow: Mapping[str, Any] | None = None,
         encoder: Mapping[str, Any] | None = None,
         contamination: bool = False,
+        reference_source: str | None = None,
     ) -> None:
         super().__init__()
         if task_prior not in PRIORS:
@@ -82,6 +85,8 @@ class ProcessManifold(PyroModule):
         self.task_conditions: tuple[str, ...] = ()
         self.network = self._untrained()
         self.contamination = Contamination(self.network.base.num_observations) if contamination else None
+        self.reference_source = reference_source
+        self.sources = Sources((), self.network.base.num_observations)
         self.memory = Memory.empty(len(variables), latent_dim)
 
     def _untrained(self) -> ManifoldNetwork:
@@ -110,9 +115,25 @@ class ProcessManifold(PyroModule):
         """
         ds = validate(ds)
         manifold = cls(variables_of(ds), latent_dim, task_prior, seed, **settings)
-        values, task, _ = by_task(ds, manifold.variables)
+        values, task, _ = by_task(manifold._of_reference(ds), manifold.variables)
         manifold._learn_scales(values, task)
+        manifold._learn_sources(ds)
         return manifold
+
+    def _of_reference(self, ds: xr.Dataset) -> xr.Dataset:
+        own = apart(ds, self.reference_source)[0]
+        if not own.sizes["row"] and ds.sizes["row"]:
+            raise DataError(f"reference_source: found no row of {self.reference_source!r}, expected some")
+        return own
+
+    def _learn_sources(self, ds: xr.Dataset) -> None:
+        source = apart(ds, self.reference_source)[2]
+        self.sources = Sources(sorted(set(source)), self.network.base.num_observations)
+        if source:
+            values, task, _ = by_task(ds, self.variables)
+            rows = self.standardization(values).to(self.network.flow.dtype)
+            own = torch.tensor([name == self.reference_source for name in labels_of(ds, "source") or []])
+            self.sources.fit(self.network, rows[~own], task[~own], source, rows[own], task[own])
 
     def _learn_scales(self, values: Tensor, task: Tensor) -> None:
         values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
@@ -194,7 +215,7 @@ class ProcessManifold(PyroModule):
         Raises:
             DataError: no task column, fewer than 3 tasks, or rows that do not fit the variables.
         """
-        values, task, names = by_task(validate(ds), self.variables)
+        values, task, names = by_task(self._of_reference(validate(ds)), self.variables)
         if len(names) < 3:
             raise DataError(f"task: found {len(names)} tasks, expected at least 3: some to learn from, one to hold out")
         generator = torch.Generator().manual_seed(seed)
@@ -203,11 +224,12 @@ class ProcessManifold(PyroModule):
         inside = (order[held_out:] == task.unsqueeze(-1)).any(-1)
         self.network = self._untrained()  # a fit starts anew
         self._learn_scales(values[inside], task[inside].unique(return_inverse=True)[1])
+        self._learn_sources(ds)
         level = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
         values = self._heard(values, task, level)
         data = self._task_rows(values, task, seed)
         plan = schedule or schedule_for(len(names) - held_out, int(inside.sum()))
-        settings = [seed, validation, plan, queries, aims, self._built_with(), names, task.tolist()]
+        settings = [seed, validation, plan, queries, aims, keeping.built_with(self), names, task.tolist()]
         history = train_network(
             self.network,
             data,
@@ -259,7 +281,7 @@ class ProcessManifold(PyroModule):
         known = self.memory.names
         if not known:
             raise DataError("extend: the manifold knows no task yet; fit it first")
-        values, task, names = by_task(validate(ds, training=False), self.variables)
+        values, task, names = by_task(self._of_reference(validate(ds, training=False)), self.variables)
         for name in names:
             if name in known:
                 raise DataError(f"extend: a task {name!r} is known already; give the new one another name")
@@ -310,13 +332,18 @@ class ProcessManifold(PyroModule):
         """
         if method not in inference.METHODS:
             raise DataError(f"method: found {method!r}, expected one of {inference.METHODS}")
-        natural, stated = of_one_task(rows, conditions or {}, self.variables)
+        own, other, source = (None, None, []) if rows is None else apart(rows, self.reference_source)
+        natural, stated = of_one_task(own, conditions or {}, self.variables)
         everything = torch.cat([stated.unsqueeze(0), natural])
         errors = self._errors(everything, torch.zeros(len(everything), dtype=torch.long))
         everything = everything.masked_fill(errors > 0.5, math.nan)
         working = self.standardization(everything).to(self.network.flow.dtype)
         with torch.no_grad():
-            before, inflation = widened(self.network, working[1:], self._before(working))
+            before = self._before(working)
+            if source:
+                seen = self.standardization(of_one_task(other, conditions or {}, self.variables)[0]).to(working)
+                before = self.sources.inform(self.network, seen, source, before, working[1:])
+            before, inflation = widened(self.network, working[1:], before)
         found = inference.infer(self.network, working[1:], before, method, num_particles, seed)
         return TaskPosterior(
             self.network,
@@ -389,7 +416,7 @@ class ProcessManifold(PyroModule):
         if isinstance(rows, TaskPosterior):
             natural = rows.rows
         else:
-            natural = to_tensor(rows, self.variables)
+            natural = to_tensor(apart(rows, self.reference_source)[0], self.variables)
             natural = self._heard(natural, torch.zeros(len(natural), dtype=torch.long))
         working = self.standardization(natural).to(self.network.flow.dtype)
         if not bool((~working[:, self.network.columns].isnan()).any()):
@@ -400,51 +427,17 @@ class ProcessManifold(PyroModule):
         return corrected(found, self.memory.p_values.tolist())
 
     # ------------------------------------------------------------------ keeping
-    def _built_with(self) -> dict[str, Any]:
-        return {
-            "variables": self.variables.to_list(),
-            "latent_dim": self.latent_dim,
-            "task_prior": self.task_prior,
-            "seed": self.seed,
-            "flow": self.flow_settings,
-            "encoder": self.encoder_settings,
-            "contamination": self.contamination is not None,
-        }
-
-    def _schema(self) -> dict[str, Any]:
-        prior = self.network.prior
-        return self._built_with() | {
-            "kind": "ProcessManifold",
-            "task_conditions": list(self.task_conditions),
-            "inducing": list(prior.inducing.shape) if isinstance(prior, GaussianProcessPrior) else None,
-            "functions": None if self.network.base.functions is None else self.network.base.functions.sizes(),
-            "known": list(self.memory.names),
-        }
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes weights, remembered rows (safetensors), schema (JSON) and a checksums to `folder`; no pickle."""
-        kept = {f"memory.{name}": value for name, value in self.memory.tensors().items()}
-        storage.write(folder, self._schema(), self.state_dict() | kept)
+        storage.write(folder, *keeping.state_of(self))
 
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProcessManifold:
         """The manifold that `save` described; errors as in :meth:`pyro_invman.JointFlow.from_schema`."""
-        variables = Variables(Variable.from_dict(fields) for fields in schema["variables"])
-        built_with = (schema[name] for name in ("latent_dim", "task_prior", "seed", "flow", "encoder", "contamination"))
-        manifold = cls(variables, *built_with)
-        manifold.task_conditions = tuple(schema["task_conditions"])
-        variables.indices(manifold.task_conditions)
-        if schema["inducing"] is not None:
-            manifold.network.prior = GaussianProcessPrior(torch.zeros(schema["inducing"]), schema["latent_dim"])
-        if schema["functions"] is not None:
-            manifold.network.base.functions = RandomFunctions(schema["functions"])
-        kept = {name: value for name, value in tensors.items() if name.startswith("memory.")}
-        weights = {name: value for name, value in tensors.items() if name not in kept}
-        manifold.memory = Memory.from_tensors(
-            schema["known"], {name.removeprefix("memory."): value for name, value in kept.items()}
-        )
-        manifold.network.to(weights["network.flow.out.weight"].dtype)
-        manifold.load_state_dict(weights)
+        built_with = {name: schema[name] for name in keeping.BUILT_WITH}
+        variables = Variables(Variable.from_dict(fields) for fields in built_with.pop("variables"))
+        manifold = cls(variables, **built_with)
+        keeping.restore(manifold, schema, tensors)
         manifold._take_bounds()
         return manifold
 
@@ -470,7 +463,7 @@ class ProcessManifold(PyroModule):
 
     def padded(self, ds: xr.Dataset) -> tuple[Tensor, list[str]]:
         """Rows (T, N, D) by task in natural units, NaN where a task has fewer than N, and the tasks' names."""
-        values, task, names = by_task(ds, self.variables)
+        values, task, names = by_task(self._of_reference(ds), self.variables)
         return TaskRows(values, task, values.new_empty(len(names), 0)).all(), names
 
 
