@@ -13,6 +13,11 @@ Parts, each a table of its own in ``results/fewshot-PART.json`` and ``.md``:
 ``typicality``
     p-values of tasks that belong and of tasks whose latent lies 4 prior standard deviations out; coverage there;
     likeness of tasks beside the loss of using one for the other.
+``corruption``
+    The process of ``exact`` with a tenth of the observed observations, in training tasks and in the rows of fresh tasks
+    that are handed over, replaced by gross errors, draws five times as wide as their column; never in rows that are
+    scored. What that costs with the contamination channel and without, what the channel costs where nothing is
+    corrupted, and how well it tells the errors.
 ``cost``
     Milliseconds of `infer_task`, and seconds a step of training against rows and tasks.
 ``peers``
@@ -61,12 +66,37 @@ def tasks_of(process: HierarchicalLinearGaussian, tasks: int, rows: int, seed: i
     return to_tensor(ds, process.variables).reshape(tasks, rows, -1)
 
 
-def fitted(process: HierarchicalLinearGaussian, tasks: int, rows: int, seed: int, **fit: Any) -> pim.ProcessManifold:
-    """A manifold learned from tasks of `process`."""
+def fitted(
+    process: HierarchicalLinearGaussian,
+    tasks: int,
+    rows: int,
+    seed: int,
+    errors: float = 0.0,
+    contamination: bool = False,
+    **fit: Any,
+) -> pim.ProcessManifold:
+    """A manifold learned from tasks of `process`, with a share of gross `errors` among their observations."""
     ds = process.sample(tasks, rows, seed=1000 + seed, missing=0.4)
-    manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=process.latent_dim, seed=seed)
+    corrupted, _ = with_errors(process, to_tensor(ds, process.variables), errors, seed)
+    ds = from_tensor(corrupted, process.variables).assign_coords(task=ds.task)
+    manifold = pim.ProcessManifold.from_dataset(
+        ds, latent_dim=process.latent_dim, seed=seed, contamination=contamination
+    )
     manifold.fit(ds, seed=seed, progress=False, **fit)
     return manifold
+
+
+def with_errors(
+    process: HierarchicalLinearGaussian, rows: Tensor, share: float, seed: int, width: float = 5.0
+) -> tuple[Tensor, Tensor]:
+    """Rows (..., D), a `share` of their observed observations drawn anew, `width` times as wide as their column; and
+    which cells these are."""
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.tensor([v.role == "observation" for v in process.variables])
+    wrong = (torch.rand(rows.shape, generator=generator) < share) & observations & ~rows.isnan()
+    scale = (process.covariance.diagonal() + process.loading.square().sum(-1)).sqrt()
+    drawn = process.mean + width * scale * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+    return torch.where(wrong, drawn, rows), wrong
 
 
 class Asked:
@@ -363,6 +393,95 @@ def typicality_table(cells: dict[str, Cell]) -> str:
     )
 
 
+# ------------------------------------------------------------ corruption
+def corruption(seed: int, tasks: int, fit: Cell, names: Sequence[str], cell: Cell) -> Iterable[Cell]:
+    """One seed of the part ``corruption``: four fits, each of which the cell keeps; excess over the exact predictive
+    after the rows as they were before they were corrupted."""
+    process = HierarchicalLinearGaussian.random(seed=seed)
+    fresh, asked = tasks_of(process, tasks, 40, seed=9000 + seed), Asked(process)
+    corrupted, wrong = with_errors(process, fresh, 0.1, 500 + seed)
+    for channel in (False, True):
+        for name, handed, errors in (("clean", fresh, 0.0), ("corrupted", corrupted, 0.1)):
+            name = f"{name}, {'with' if channel else 'without'}"
+            if name in cell:
+                continue
+            began = time.process_time()
+            manifold = fitted(process, 200, 20, seed, errors, channel, **fit)
+            found: Cell = {"fit_cpu_s": time.process_time() - began}
+            found |= _after_errors(manifold, asked, fresh, handed, wrong if errors else None)
+            if name == "clean, without":  # the least that can be lost: the same rows, errors crossed out
+                crossed = fresh.masked_fill(wrong, math.nan)
+                cell["errors known"] = _after_errors(manifold, asked, fresh, crossed, None)
+            cell[name] = found
+            yield cell
+
+
+def _after_errors(
+    manifold: pim.ProcessManifold, asked: Asked, fresh: Tensor, handed: Tensor, wrong: Tensor | None
+) -> Cell:
+    """Excess a cell of each task (T,) by k after the rows `handed` (T, K, D), and how well errors are told by k."""
+    found: Cell = {"excess_by_task": {}, "auroc": {}}
+    for k in SHOTS:
+        excess, flags, hits = [], [], []
+        for t, rows in enumerate(fresh):
+            rest = rows[20:]
+            task = asked.infer(manifold, handed[t, :k], 128)
+            exactly = asked.exact_scores(rows[:k], rest).sum()
+            number = int((~asked.answers(rest).isnan()).sum())
+            excess.append(round(float((exactly - asked.scores(task, rest).sum()) / number), 5))
+            if k and wrong is not None and task.outliers is not None:
+                flag, hit = asked.answers(task.outliers), asked.answers(wrong[t, :k])
+                flags.append(flag[~flag.isnan()])
+                hits.append(hit[~flag.isnan()])
+        found["excess_by_task"][str(k)] = excess
+        if flags:
+            flag, hit = torch.cat(flags), torch.cat(hits)
+            above = (flag[hit].unsqueeze(-1) > flag[~hit]).double() + 0.5 * (
+                flag[hit].unsqueeze(-1) == flag[~hit]
+            ).double()
+            found["auroc"][str(k)] = float(above.mean())
+    return found
+
+
+def corruption_table(cells: dict[str, Cell]) -> str:
+    """Differences paired by task, pooled over the seeds whose four fits are done."""
+    whole = [cell for cell in cells.values() if "corrupted, with" in cell]
+    if not whole:
+        return "No seed is done yet."
+
+    def difference(k: int, first: str, second: str) -> str:
+        pairs = [
+            torch.tensor(cell[first]["excess_by_task"][str(k)]) - torch.tensor(cell[second]["excess_by_task"][str(k)])
+            for cell in whole
+        ]
+        mean, error = mean_and_error(torch.cat(pairs))
+        return f"{mean:.3f} ± {error:.3f}"
+
+    lines = [
+        "| k | rise, channel (bar 0.1) | rise, no channel | rise, errors known | channel where all is clean (bar 0.02) "
+        "| AUROC (bar 0.85) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for k in SHOTS:
+        columns = [
+            difference(k, "corrupted, with", "clean, with"),
+            difference(k, "corrupted, without", "clean, without"),
+            difference(k, "errors known", "clean, without"),
+            difference(k, "clean, with", "clean, without"),
+        ]
+        told = [cell["corrupted, with"]["auroc"].get(str(k)) for cell in whole]
+        columns.append(f"{sum(told) / len(told):.3f}" if k else "–")
+        lines.append(f"| {k} | " + " | ".join(columns) + " |")
+    spent = {n: sum(c[n]["fit_cpu_s"] for c in whole) / len(whole) for n in ("clean, with", "clean, without")}
+    lines += [
+        "",
+        f"Nats a cell, standard errors by task; {len(whole)} seeds, "
+        f"{len(whole[0]['clean, with']['excess_by_task']['0'])} fresh tasks each; "
+        f"fit {spent['clean, with']:.0f} CPU s with the channel, {spent['clean, without']:.0f} without.",
+    ]
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------ cost
 def cost(seed: int, tasks: int, fit: Cell) -> Cell:
     """Milliseconds of `infer_task` for 20 rows, and the processor seconds of a training step by size of the data."""
@@ -418,6 +537,7 @@ PARTS: dict[str, tuple[Run, Callable[[dict[str, Cell]], str], int]] = {
     "exact": (_alone(exact), exact_table, 200),
     "growth": (_alone(growth), growth_table, 60),
     "typicality": (_alone(typicality), typicality_table, 1000),
+    "corruption": (corruption, corruption_table, 200),
     "cost": (_alone(cost), cost_table, 0),
     "peers": (fewshot_contest.on_simulated, fewshot_contest.contest_table, 30),
     "data": (fewshot_contest.on_data, fewshot_contest.contest_table, 0),

@@ -8,8 +8,9 @@ from pyro_invman.density.velocity import Solver
 from pyro_invman.distributions import ConditionalFlow
 from pyro_invman.joint import JointFlow
 from pyro_invman.saved import load
-from pyro_invman.tasks.manifold import ProcessManifold, UnfamiliarTask
+from pyro_invman.tasks.manifold import ProcessManifold
 from pyro_invman.tasks.posterior import TaskPosterior
+from pyro_invman.tasks.typicality import UnfamiliarTask
 from pyro_invman.training import Schedule
 from pyro_invman.transport import ConditionalTransport, SmallPopulation, UnfamiliarCondition
 from pyro_invman.variables import DataError, Variable, Variables

@@ -35,6 +35,16 @@ def history_dataset(records: Sequence[Record], attrs: Mapping[str, Any]) -> xr.D
     )
 
 
+def outlier_dataset(variables: Variables, evidence: Sequence[int], rows: Tensor, probability: Tensor) -> xr.Dataset:
+    """Probabilities (N, D) that cells of rows (N, D) are gross errors, over ``row``, for columns of `evidence`; NaN
+    where a cell was not observed."""
+    found = probability.masked_fill(rows.isnan(), np.nan).detach().cpu().double().numpy()
+    names = {variables[c].name: c for c in evidence}
+    return xr.Dataset(
+        {n: ("row", found[:, c], {"long_name": f"probability that {n} is a gross error"}) for n, c in names.items()}
+    )
+
+
 def inference_tree(
     variables: Variables,
     names: Sequence[str],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,11 @@ from pyro_invman import storage
 from pyro_invman.data import labels_of, to_tensor, validate, variables_of
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix
-from pyro_invman.density.random_functions import RandomFunctions
-from pyro_invman.distributions import stack_given
 from pyro_invman.joint import unrounded
-from pyro_invman.results import history_dataset, inference_tree
+from pyro_invman.results import history_dataset, inference_tree, outlier_dataset
 from pyro_invman.tables import suggest
-from pyro_invman.tasks import generative, inference
+from pyro_invman.tasks import generative, inference, keeping
+from pyro_invman.tasks.contamination import Contamination
 from pyro_invman.tasks.encoder import Belief
 from pyro_invman.tasks.fingerprint import Fingerprint, Likeness, corrected, nearest, similarity
 from pyro_invman.tasks.learning import schedule_for, train_network
@@ -30,20 +28,16 @@ from pyro_invman.tasks.memory import Memory
 from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.tasks.prior import GaussianProcessPrior
-from pyro_invman.tasks.rows import TaskRows, conditions_of
-from pyro_invman.tasks.typicality import excursion, inflation_of, p_value
+from pyro_invman.tasks.rows import TaskRows, by_task, conditions_of, first_known, of_one_task
+from pyro_invman.tasks.sources import Sources, apart
+from pyro_invman.tasks.typicality import p_value, widened
 from pyro_invman.training import Schedule
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
 
 if TYPE_CHECKING:
     import xarray as xr
 
-_INDUCING = 32
 PRIORS = ("normal", "gp")
-
-
-class UnfamiliarTask(UserWarning):
-    """A task is like none that was learned."""
 
 
 class ProcessManifold(PyroModule):
@@ -60,6 +54,10 @@ class ProcessManifold(PyroModule):
         seed: of the initial weights.
         flow: keywords of :class:`pyro_invman.density.anyorder.AnyOrderFlow`.
         encoder: keywords of :class:`pyro_invman.tasks.encoder.TaskEncoder`.
+        contamination: whether observed cells may be gross errors; those that likely are, by what the others say of them
+            (:class:`pyro_invman.tasks.contamination.Contamination`), are then left out, in learning and of new rows.
+        reference_source: the source that is learned and predicted; rows of others are heard as instruments
+            (:class:`pyro_invman.tasks.sources.Sources`). Where none is named, sources are not told apart.
     """
 
     def __init__(
@@ -70,6 +68,8 @@ class ProcessManifold(PyroModule):
         seed: int = 0,
         flow: Mapping[str, Any] | None = None,
         encoder: Mapping[str, Any] | None = None,
+        contamination: bool = False,
+        reference_source: str | None = None,
     ) -> None:
         super().__init__()
         if task_prior not in PRIORS:
@@ -84,6 +84,9 @@ class ProcessManifold(PyroModule):
         self.standardization = Standardization(variables)
         self.task_conditions: tuple[str, ...] = ()
         self.network = self._untrained()
+        self.contamination = Contamination(self.network.base.num_observations) if contamination else None
+        self.reference_source = reference_source
+        self.sources = Sources((), self.network.base.num_observations)
         self.memory = Memory.empty(len(variables), latent_dim)
 
     def _untrained(self) -> ManifoldNetwork:
@@ -112,24 +115,41 @@ class ProcessManifold(PyroModule):
         """
         ds = validate(ds)
         manifold = cls(variables_of(ds), latent_dim, task_prior, seed, **settings)
-        values, task, _ = manifold._rows(ds)
+        values, task, _ = by_task(manifold._of_reference(ds), manifold.variables)
         manifold._learn_scales(values, task)
+        manifold._learn_sources(ds)
         return manifold
 
-    def _rows(self, ds: xr.Dataset) -> tuple[Tensor, Tensor, list[str]]:
-        """Natural rows (N, D), the task of each (N,), and the tasks' names."""
-        values = to_tensor(ds, self.variables)
-        names = labels_of(ds, "task")
-        if names is None:
-            raise DataError(
-                "task: the data have no task column; name it in read(..., task=) or from_columns(..., task=)"
-            )
-        found = sorted(set(names))
-        number = {name: t for t, name in enumerate(found)}
-        return values, torch.tensor([number[name] for name in names], dtype=torch.long), found
+    def _of_reference(self, ds: xr.Dataset) -> xr.Dataset:
+        own = apart(ds, self.reference_source)[0]
+        if not own.sizes["row"] and ds.sizes["row"]:
+            raise DataError(f"reference_source: found no row of {self.reference_source!r}, expected some")
+        return own
+
+    def _learn_sources(self, ds: xr.Dataset) -> None:
+        source = apart(ds, self.reference_source)[2]
+        self.sources = Sources(sorted(set(source)), self.network.base.num_observations)
+        if source:
+            values, task, _ = by_task(ds, self.variables)
+            rows = self.standardization(values).to(self.network.flow.dtype)
+            own = torch.tensor([name == self.reference_source for name in labels_of(ds, "source") or []])
+            self.sources.fit(self.network, rows[~own], task[~own], source, rows[own], task[own])
 
     def _learn_scales(self, values: Tensor, task: Tensor) -> None:
         values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
+        if self.contamination is None:
+            self._stand_on(values, task)
+            return
+        working = Standardization.fit(self.variables, values)(values)
+        wrong, level = self.contamination.fit(self.network, working, task, self.seed)
+        for _ in range(2):
+            self._stand_on(values.masked_fill(wrong > level, math.nan), task)
+            self.contamination.learn(self.network, self.standardization(values), wrong)
+            if self.network.base.functions is None:
+                break
+            wrong = self._errors(values, task)  # by functions that bend, where lines have told so far
+
+    def _stand_on(self, values: Tensor, task: Tensor) -> None:
         self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
         self._take_bounds()
         working = self.standardization(values)
@@ -141,9 +161,8 @@ class ProcessManifold(PyroModule):
             if constant and v.role == "condition"
         )
         if self.task_prior == "gp" and self.task_conditions:
-            conditions = self._conditions(working, task).unique(dim=0)
-            pick = torch.randperm(len(conditions), generator=torch.Generator().manual_seed(self.seed))[:_INDUCING]
-            self.network.prior = GaussianProcessPrior(conditions[pick].to(self.network.flow.dtype), self.latent_dim)
+            conditions = self._conditions(working, task).to(self.network.flow.dtype)
+            self.network.prior = GaussianProcessPrior.induced_by(conditions, self.latent_dim, self.seed)
 
     def _take_bounds(self) -> None:
         flow = self.network.flow
@@ -153,6 +172,19 @@ class ProcessManifold(PyroModule):
     def _conditions(self, working: Tensor, task: Tensor) -> Tensor:
         """What the prior sees of each task (T, C)."""
         return conditions_of(working[:, self.variables.indices(self.task_conditions)], task)
+
+    def _errors(self, values: Tensor, task: Tensor) -> Tensor:
+        """Probability (N, D) that cells of natural rows (N, D) are gross errors; 0 without contamination."""
+        if self.contamination is None:
+            return torch.zeros_like(values)
+        working = self.standardization(values).to(self.network.flow.dtype)
+        with torch.no_grad():
+            before = self.network.before(self._conditions(working, task))
+        return self.contamination.probabilities(self.network, working, task, before)
+
+    def _heard(self, values: Tensor, task: Tensor, level: Tensor | float = 0.5) -> Tensor:
+        """Natural rows (N, D) without the cells whose probability of being gross errors is above `level`."""
+        return values.masked_fill(self._errors(values, task) > level, math.nan)
 
     # ------------------------------------------------------------------ learning
     def fit(
@@ -183,7 +215,7 @@ class ProcessManifold(PyroModule):
         Raises:
             DataError: no task column, fewer than 3 tasks, or rows that do not fit the variables.
         """
-        values, task, names = self._rows(validate(ds))
+        values, task, names = by_task(self._of_reference(validate(ds)), self.variables)
         if len(names) < 3:
             raise DataError(f"task: found {len(names)} tasks, expected at least 3: some to learn from, one to hold out")
         generator = torch.Generator().manual_seed(seed)
@@ -192,9 +224,12 @@ class ProcessManifold(PyroModule):
         inside = (order[held_out:] == task.unsqueeze(-1)).any(-1)
         self.network = self._untrained()  # a fit starts anew
         self._learn_scales(values[inside], task[inside].unique(return_inverse=True)[1])
+        self._learn_sources(ds)
+        level = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
+        values = self._heard(values, task, level)
         data = self._task_rows(values, task, seed)
         plan = schedule or schedule_for(len(names) - held_out, int(inside.sum()))
-        settings = [seed, validation, plan, queries, aims, self._built_with(), names, task.tolist()]
+        settings = [seed, validation, plan, queries, aims, keeping.built_with(self), names, task.tolist()]
         history = train_network(
             self.network,
             data,
@@ -246,11 +281,13 @@ class ProcessManifold(PyroModule):
         known = self.memory.names
         if not known:
             raise DataError("extend: the manifold knows no task yet; fit it first")
-        values, task, names = self._rows(validate(ds, training=False))
+        values, task, names = by_task(self._of_reference(validate(ds, training=False)), self.variables)
         for name in names:
             if name in known:
                 raise DataError(f"extend: a task {name!r} is known already; give the new one another name")
-        rows = torch.cat([self.memory.rows, self.standardization(values).to(self.network.flow.dtype)])
+        rows = torch.cat(
+            [self.memory.rows, self.standardization(self._heard(values, task)).to(self.network.flow.dtype)]
+        )
         of_task = torch.cat([self.memory.task, task + len(known)])
         data = TaskRows(rows, of_task, self._conditions(rows, of_task))
         learned, held_out = self.memory.split_with(len(names), torch.Generator().manual_seed(seed))
@@ -295,55 +332,32 @@ class ProcessManifold(PyroModule):
         """
         if method not in inference.METHODS:
             raise DataError(f"method: found {method!r}, expected one of {inference.METHODS}")
-        natural = torch.empty(0, len(self.variables), dtype=torch.float64)
-        if rows is not None:
-            names = labels_of(rows, "task")
-            if names is not None and len(set(names)) > 1:
-                raise DataError(f"rows: found {len(set(names))} tasks, expected rows of one; select one of them")
-            natural = to_tensor(rows, self.variables)
-        for name in conditions or {}:
-            if self.variables[self.variables.index(name)].role != "condition":
-                raise DataError(f"conditions: {name} is a {self.variables[self.variables.index(name)].role}")
-        stated = stack_given(self.variables, dict(conditions or {}), torch.float64)
-        if stated.dim() != 1:
-            raise DataError(f"conditions: found shape {tuple(stated.shape[:-1])}, expected one number a condition")
-        natural = torch.where(natural.isnan(), stated, natural)
+        own, other, source = (None, None, []) if rows is None else apart(rows, self.reference_source)
+        natural, stated = of_one_task(own, conditions or {}, self.variables)
         everything = torch.cat([stated.unsqueeze(0), natural])
+        errors = self._errors(everything, torch.zeros(len(everything), dtype=torch.long))
+        everything = everything.masked_fill(errors > 0.5, math.nan)
         working = self.standardization(everything).to(self.network.flow.dtype)
         with torch.no_grad():
             before = self._before(working)
-        inflation, moved = 1.0, 0.0
-        if len(natural):
-            with torch.no_grad():
-                moved = float(excursion(self.network.infer(working[1:], before), before))
-            inflation = inflation_of(moved, self.latent_dim)
-            if inflation > 1.0:
-                warnings.warn(
-                    f"the task is like none that was learned (its latent lies {math.sqrt(moved):.1f} prior standard "
-                    f"deviations out); predictions are widened, ask typicality(rows) for a p-value",
-                    UnfamiliarTask,
-                    stacklevel=2,
-                )
-                before = Belief(before.precision / inflation, before.shift / inflation)
+            if source:
+                seen = self.standardization(of_one_task(other, conditions or {}, self.variables)[0]).to(working)
+                before = self.sources.inform(self.network, seen, source, before, working[1:])
+            before, inflation = widened(self.network, working[1:], before)
         found = inference.infer(self.network, working[1:], before, method, num_particles, seed)
-        constant = {}
-        for name in self.task_conditions:
-            cells = everything[:, self.variables.index(name)]
-            cells = cells[~cells.isnan()]
-            if len(cells):
-                constant[name] = float(cells[0])
         return TaskPosterior(
             self.network,
             self.standardization,
             self.variables,
-            natural,
-            constant,
+            everything[1:],
+            first_known(everything, self.task_conditions, self.variables),
             found.latent,
             found.particles,
             found.log_weights,
             method,
             found.k_hat,
             inflation,
+            errors[1:].masked_fill(natural.isnan(), math.nan),
         )
 
     def _before(self, working: Tensor) -> Belief:
@@ -356,13 +370,20 @@ class ProcessManifold(PyroModule):
         """Beliefs about the tasks of `ds`, what they predict of their rows, and the data, plates as dimensions."""
         rows, names = self.padded(ds)
         working = self.standardization(rows).to(self.network.flow.dtype)
-        belief = self.network.infer(working, self._beliefs_before(rows))
+        heard = self._heard(rows.flatten(0, 1), torch.arange(len(rows)).repeat_interleave(rows.shape[1]))
+        heard = self.standardization(heard.unflatten(0, rows.shape[:2])).to(working)
+        belief = self.network.infer(heard, self._beliefs_before(rows))
         generator = torch.Generator().manual_seed(seed)
         latent = belief.sample(num_draws, generator)
         columns = self.network.columns
         dreamt = self.network.dream(working, latent.unsqueeze(-2), generator)
         predicted = self.standardization.inverse(dreamt.double())[..., columns]
         return inference_tree(self.variables, names, latent, rows, predicted, columns, {"rows_are": "all of each task"})
+
+    def outliers(self, ds: xr.Dataset) -> xr.Dataset:
+        """Probability that observed cells of evidence are gross errors, by the others of their task in `ds`."""
+        values, task, _ = by_task(ds, self.variables)
+        return outlier_dataset(self.variables, self.network.columns, values, self._errors(values, task))
 
     # ------------------------------------------------------------------ likeness
     def fingerprint(self, rows: xr.Dataset | TaskPosterior | str) -> Fingerprint:
@@ -392,7 +413,11 @@ class ProcessManifold(PyroModule):
         by the p-values of held-out tasks; about uniform for tasks of the manifold, small for others. Without an
         observation it is 1.
         """
-        natural = rows.rows if isinstance(rows, TaskPosterior) else to_tensor(rows, self.variables)
+        if isinstance(rows, TaskPosterior):
+            natural = rows.rows
+        else:
+            natural = to_tensor(apart(rows, self.reference_source)[0], self.variables)
+            natural = self._heard(natural, torch.zeros(len(natural), dtype=torch.long))
         working = self.standardization(natural).to(self.network.flow.dtype)
         if not bool((~working[:, self.network.columns].isnan()).any()):
             return 1.0
@@ -402,50 +427,17 @@ class ProcessManifold(PyroModule):
         return corrected(found, self.memory.p_values.tolist())
 
     # ------------------------------------------------------------------ keeping
-    def _built_with(self) -> dict[str, Any]:
-        return {
-            "variables": self.variables.to_list(),
-            "latent_dim": self.latent_dim,
-            "task_prior": self.task_prior,
-            "seed": self.seed,
-            "flow": self.flow_settings,
-            "encoder": self.encoder_settings,
-        }
-
-    def _schema(self) -> dict[str, Any]:
-        prior = self.network.prior
-        return self._built_with() | {
-            "kind": "ProcessManifold",
-            "task_conditions": list(self.task_conditions),
-            "inducing": list(prior.inducing.shape) if isinstance(prior, GaussianProcessPrior) else None,
-            "functions": None if self.network.base.functions is None else self.network.base.functions.sizes(),
-            "known": list(self.memory.names),
-        }
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes weights, remembered rows (safetensors), schema (JSON) and a checksums to `folder`; no pickle."""
-        kept = {f"memory.{name}": value for name, value in self.memory.tensors().items()}
-        storage.write(folder, self._schema(), self.state_dict() | kept)
+        storage.write(folder, *keeping.state_of(self))
 
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProcessManifold:
         """The manifold that `save` described; errors as in :meth:`pyro_invman.JointFlow.from_schema`."""
-        variables = Variables(Variable.from_dict(fields) for fields in schema["variables"])
-        built_with = (schema[name] for name in ("latent_dim", "task_prior", "seed", "flow", "encoder"))
-        manifold = cls(variables, *built_with)
-        manifold.task_conditions = tuple(schema["task_conditions"])
-        variables.indices(manifold.task_conditions)
-        if schema["inducing"] is not None:
-            manifold.network.prior = GaussianProcessPrior(torch.zeros(schema["inducing"]), schema["latent_dim"])
-        if schema["functions"] is not None:
-            manifold.network.base.functions = RandomFunctions(schema["functions"])
-        kept = {name: value for name, value in tensors.items() if name.startswith("memory.")}
-        weights = {name: value for name, value in tensors.items() if name not in kept}
-        manifold.memory = Memory.from_tensors(
-            schema["known"], {name.removeprefix("memory."): value for name, value in kept.items()}
-        )
-        manifold.network.to(weights["network.flow.out.weight"].dtype)
-        manifold.load_state_dict(weights)
+        built_with = {name: schema[name] for name in keeping.BUILT_WITH}
+        variables = Variables(Variable.from_dict(fields) for fields in built_with.pop("variables"))
+        manifold = cls(variables, **built_with)
+        keeping.restore(manifold, schema, tensors)
         manifold._take_bounds()
         return manifold
 
@@ -471,7 +463,7 @@ class ProcessManifold(PyroModule):
 
     def padded(self, ds: xr.Dataset) -> tuple[Tensor, list[str]]:
         """Rows (T, N, D) by task in natural units, NaN where a task has fewer than N, and the tasks' names."""
-        values, task, names = self._rows(ds)
+        values, task, names = by_task(self._of_reference(ds), self.variables)
         return TaskRows(values, task, values.new_empty(len(names), 0)).all(), names
 
 

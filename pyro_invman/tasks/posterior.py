@@ -31,7 +31,7 @@ class TaskPosterior:
 
     Arguments:
         network, standardization, variables: of the manifold.
-        rows: what the belief stands on, natural units (K, D).
+        rows: what the belief stands on, natural units (K, D), without cells that likely are gross errors.
         conditions: what is known of the task as a whole, by name.
         latent: Pyro distribution over z, event shape (L,).
         particles: latents (S, L) that stand for it in mixtures.
@@ -40,6 +40,8 @@ class TaskPosterior:
         k_hat: shape of the tail of the importance weights, NaN where there are none; above 0.7 do not trust them
             (Vehtari et al., *Pareto smoothed importance sampling*, JMLR 2024).
         inflation: what the prior variance was multiplied by; above 1 the task is like none that was learned.
+        outliers: probability (K, D) that each cell that was handed is a gross error, NaN where none was; 0 where the
+            manifold is without contamination.
     """
 
     network: ManifoldNetwork
@@ -53,6 +55,7 @@ class TaskPosterior:
     method: str
     k_hat: float = math.nan
     inflation: float = 1.0
+    outliers: Tensor | None = None
 
     @property
     def belongs(self) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _START_SHARE = 0.2
+_INDUCING = 32
 
 
 class NormalPrior(nn.Module):
@@ -62,6 +63,13 @@ class GaussianProcessPrior(nn.Module):
         self.share = nn.Parameter(share)  # logit of a
         self.whitened_loc = nn.Parameter(torch.zeros(len(inducing), latent_dim))
         self.whitened_scale = nn.Parameter(torch.full((len(inducing), latent_dim), math.log(math.e - 1)))
+
+    @classmethod
+    def induced_by(cls, conditions: Tensor, latent_dim: int, seed: int) -> GaussianProcessPrior:
+        """With up to 32 of the distinct conditions (T, C) of tasks as inducing ones."""
+        distinct = conditions.unique(dim=0)
+        pick = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))[:_INDUCING]
+        return cls(distinct[pick], latent_dim)
 
     def moments(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (..., L) at conditions (..., C), with u integrated over q(u)."""

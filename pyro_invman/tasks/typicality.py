@@ -2,6 +2,9 @@ r"""Whether a task belongs to what a manifold has learned."""
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,10 @@ from pyro_invman.tasks.network import ManifoldNetwork
 _DRAWS = 16
 _AT_ONCE = 50_000
 _FAMILIAR = 0.99  # share of tasks of the manifold that are taken for such
+
+
+class UnfamiliarTask(UserWarning):
+    """A task is like none that was learned."""
 
 
 def excursion(belief: Belief, before: Belief) -> Tensor:
@@ -37,6 +44,24 @@ def inflation_of(moved: float, latent_dim: int) -> float:
     half = torch.tensor(latent_dim / 2, dtype=torch.float64)
     familiar = float(torch.special.gammainc(half, torch.tensor(moved / 2, dtype=torch.float64)))
     return max(1.0, moved / latent_dim) if familiar > _FAMILIAR else 1.0
+
+
+def widened(network: ManifoldNetwork, rows: Tensor, before: Belief) -> tuple[Belief, float]:
+    """The prior belief about the task of working rows (K, D), wider where the task is unfamiliar, which is warned of;
+    and what its variance was multiplied by."""
+    if not len(rows):
+        return before, 1.0
+    moved = float(excursion(network.infer(rows, before), before))
+    inflation = inflation_of(moved, network.latent_dim)
+    if inflation > 1.0:
+        warnings.warn(
+            f"the task is like none that was learned (its latent lies {math.sqrt(moved):.1f} prior standard "
+            f"deviations out); predictions are widened, ask typicality(rows) for a p-value",
+            UnfamiliarTask,
+            stacklevel=3,
+        )
+        before = Belief(before.precision / inflation, before.shift / inflation)
+    return before, inflation
 
 
 @torch.no_grad()

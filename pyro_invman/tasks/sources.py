@@ -1,0 +1,193 @@
+r"""Rows of other sources than the one that is asked about: instruments that see the same process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invman.data import labels_of
+from pyro_invman.density.normal_rows import NormalRows
+from pyro_invman.tasks.contamination import cells_of, normal_rows
+from pyro_invman.tasks.encoder import Belief
+from pyro_invman.tasks.network import ManifoldNetwork
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_BIAS, _LOG_GAIN, _LOG_NOISE = (0.0, 1.0), (0.0, 0.5), (math.log(0.5), 1.0)  # mean and scale over sources
+_STEPS = 60
+
+
+class Sources(nn.Module):
+    r"""Sources beside the reference, each of which shows observation v in working coordinates as
+
+    .. math:: \hat v = b + g v + \tau \varepsilon, \qquad \varepsilon \sim N(0, 1),
+
+    with a bias, gain and noise for each observation, normal over sources: b ~ N(0, 1), log g ~ N(0, 0.5²) and
+    log τ ~ N(log 0.5, 1). They are the most probable ones, latents integrated out, and the bias is as uncertain as the
+    curvature there says. Under the closed form rows of a source are linear measurements of latent and biases together;
+    what they say of the latent alone is left when the biases are integrated out:
+
+    .. math:: \Lambda = \Lambda_{zz} - \Lambda_{zb} \Lambda_{bb}^{-1} \Lambda_{bz}, \qquad
+              h = h_z - \Lambda_{zb} \Lambda_{bb}^{-1} h_b.
+
+    A source met in learning has a bias that is nearly known. One that was not has the prior's, so that its first rows
+    say little about levels and much about differences. Discrepancy counts as noise.
+
+    Arguments:
+        names: of the J sources.
+        num_observations: M.
+
+    References:
+        Kennedy & O'Hagan, *Predicting the output from a complex computer code when fast approximations are available*,
+        Biometrika 2000.
+    """
+
+    bias: Tensor
+    bias_scale: Tensor
+    log_gain: Tensor
+    log_noise: Tensor
+
+    def __init__(self, names: Sequence[str], num_observations: int) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        shape = (len(self.names), num_observations)
+        start = {"bias": _BIAS[0], "bias_scale": _BIAS[1], "log_gain": _LOG_GAIN[0], "log_noise": _LOG_NOISE[0]}
+        for name, value in start.items():
+            self.register_buffer(name, torch.full(shape, value, dtype=torch.float64))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Moves with the module, but stays in double precision."""
+        super()._apply(fn, recurse)
+        for name in ("bias", "bias_scale", "log_gain", "log_noise"):
+            setattr(self, name, getattr(self, name).double())
+        return self
+
+    def fit(
+        self, network: ManifoldNetwork, rows: Tensor, task: Tensor, source: Sequence[str], own: Tensor, own_task: Tensor
+    ) -> None:
+        """Learns from working rows (N, D) of tasks (N,), each of a `source`, and the reference's `own` (N', D)."""
+        tasks = 1 + max(int(task.max()), int(own_task.max()))
+        before = self._after(network, own, own_task, _prior(network, tasks))
+        for j, name in enumerate(self.names):
+            of = torch.tensor([s == name for s in source])
+            seen, law, answers = _read(network, rows[of])
+            self.bias[j], self.bias_scale[j], self.log_gain[j], self.log_noise[j] = _fitted(
+                law, answers, seen, task[of], before
+            )
+
+    def _after(
+        self, network: ManifoldNetwork, rows: Tensor, task: Tensor, before: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        seen, law, answers = _read(network, rows)
+        return law.weighed(torch.where(seen, answers - law.mean, 0.0), seen, task, before)[2:]
+
+    def inform(
+        self, network: ManifoldNetwork, rows: Tensor, source: Sequence[str], before: Belief, own: Tensor
+    ) -> Belief:
+        """The belief () about a task after its working rows (K, D) by other sources; `own` (K', D) are the reference's,
+        which tell bias from latent where a source is new."""
+        start = before.precision.double().unsqueeze(0), before.shift.double().unsqueeze(0)
+        precision, shift = start
+        for name in dict.fromkeys(source):
+            of = torch.tensor([s == name for s in source])
+            seen, law, answers = _read(network, rows[of])
+            task = torch.zeros(int(of.sum()), dtype=torch.long)
+            if name in self.names:
+                j = self.names.index(name)
+                found = self.bias[j], self.bias_scale[j], self.log_gain[j], self.log_noise[j]
+            else:
+                after = self._after(network, own, torch.zeros(len(own), dtype=torch.long), start)
+                _, _, log_gain, log_noise = _fitted(law, answers, seen, task, after)
+                prior = torch.full_like(log_gain, _BIAS[0]), torch.full_like(log_gain, _BIAS[1])
+                found = *prior, log_gain, log_noise
+            told = _message(law, answers, seen, found)
+            precision, shift = precision + told[0], shift + told[1]
+        return Belief(precision[0].to(before.precision), shift[0].to(before.shift))
+
+
+def apart(ds: xr.Dataset, reference: str | None) -> tuple[xr.Dataset, xr.Dataset, list[str]]:
+    """Rows of the reference, rows of other sources, and whose each of these is; all are the reference's where none is
+    named or there is no source column."""
+    names = labels_of(ds, "source") if reference is not None else None
+    if names is None:
+        return ds, ds.isel(row=slice(0, 0)), []
+    own = [n for n, name in enumerate(names) if name == reference]
+    others = [n for n, name in enumerate(names) if name != reference]
+    return ds.isel(row=own), ds.isel(row=others), [names[n] for n in others]
+
+
+Instrument = tuple[Tensor, Tensor, Tensor, Tensor]  # bias, its scale, log gain and log noise (M,)
+
+
+def _prior(network: ManifoldNetwork, tasks: int) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(network.latent_dim, dtype=torch.float64)
+    return eye.repeat(tasks, 1, 1), torch.zeros(tasks, len(eye), dtype=torch.float64)
+
+
+@torch.no_grad()
+def _read(network: ManifoldNetwork, rows: Tensor) -> tuple[Tensor, NormalRows, Tensor]:
+    """Which observations of working rows (N, D) are seen, their law, and their cells, (N, M) each."""
+    base, context = network.base, network.context
+    cells = cells_of(network, rows)
+    known, filled = ~cells.isnan(), cells.nan_to_num(0.0)
+    seen = known[:, base.answers] & ~context.categorical[context.owner[base.answers]]
+    return seen, normal_rows(base, filled, known), filled[:, base.answers]
+
+
+def _with_bias(law: NormalRows) -> NormalRows:
+    """The rows with their bias (M,) as further latents behind."""
+    eye = torch.eye(law.mean.shape[-1], dtype=law.mean.dtype, device=law.mean.device)
+    return law._replace(directions=torch.cat([law.directions, eye.expand(len(law.mean), -1, -1)], -1))
+
+
+def _message(law: NormalRows, answers: Tensor, seen: Tensor, instrument: Instrument) -> tuple[Tensor, Tensor]:
+    """Precision (1, L, L) and precision times mean (1, L) that rows of one task add, biases integrated out."""
+    bias, scale, log_gain, log_noise = instrument
+    number = law.directions.shape[-1]
+    shown = law.through(bias.expand_as(answers), log_gain.exp().expand_as(answers), log_noise.exp().expand_as(answers))
+    wide = _with_bias(shown)
+    precision = torch.block_diag(torch.zeros(number, number, dtype=bias.dtype), torch.diag(scale.pow(-2)))
+    start = precision.unsqueeze(0), torch.zeros(1, number + len(bias), dtype=bias.dtype)
+    task = torch.zeros(len(answers), dtype=torch.long)
+    _, _, both, shift = wide.weighed(torch.where(seen, answers - wide.mean, 0.0), seen, task, start)
+    across, among = both[:, :number, number:], both[:, number:, number:]
+    gone = torch.linalg.solve(among, torch.cat([across.mT, shift[:, number:].unsqueeze(-1)], -1))
+    return both[:, :number, :number] - across @ gone[..., :-1], shift[:, :number] - (across @ gone[..., -1:]).squeeze(
+        -1
+    )
+
+
+def _fitted(law: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, before: tuple[Tensor, Tensor]) -> Instrument:
+    """The most probable instrument of rows (N, M) of tasks (N,) with beliefs `before`, and the scale of its bias."""
+    means, scales = torch.tensor([_BIAS, _LOG_GAIN, _LOG_NOISE], dtype=torch.float64).T
+    number = answers.shape[-1]
+    centre = means.repeat_interleave(number)
+    spread = scales.repeat_interleave(number)
+
+    def loss(theta: Tensor) -> Tensor:
+        bias, log_gain, log_noise = (part.expand_as(answers) for part in theta.reshape(3, number))
+        shown = law.through(bias, log_gain.exp(), log_noise.exp())
+        evidence = shown.log_evidence(torch.where(seen, answers - shown.mean, 0.0), seen, task, before)
+        return 0.5 * ((theta - centre) / spread).square().sum() - evidence.sum()
+
+    with torch.enable_grad():
+        theta = centre.clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS([theta], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(theta)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        curvature: Tensor = torch.autograd.functional.hessian(loss, theta.detach())
+    covariance = torch.linalg.inv((curvature + curvature.mT) / 2)
+    found = theta.detach().reshape(3, number)
+    scale = covariance.diagonal()[:number].clamp(1e-12, _BIAS[1] ** 2).sqrt()
+    return found[0], scale, found[1], found[2]
