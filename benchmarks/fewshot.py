@@ -8,8 +8,8 @@ Parts, each a table of its own in ``results/fewshot-PART.json`` and ``.md``:
     density over the exact one, a cell; coverage of 90 % intervals; the amortised belief beside the fitted model's own
     posterior (NUTS); the task function at five fixed inputs.
 ``growth``
-    The same process learned from 8 to 128 tasks: rows that a fresh task needs to reach the loss which the
-    largest reaches after 5; and the loss on old tasks after `extend`.
+    The same process, and damped oscillations, learned from 8 to 128 tasks: rows that a fresh task needs to reach the
+    loss which the largest reaches after 5; and the loss on old tasks after `extend`.
 ``typicality``
     p-values of tasks that belong and of tasks whose latent lies 4 prior standard deviations out; coverage there;
     likeness of tasks beside the loss of using one for the other.
@@ -45,13 +45,16 @@ from torch import Tensor
 
 import pyro_invman as pim
 from benchmarks import fewshot_contest
+from benchmarks.fewshot_growth import on_oscillations
 from benchmarks.sbi import machine, versions
 from pyro_invman.data import from_tensor, to_tensor
 from pyro_invman.simulators.linear_gaussian import HierarchicalLinearGaussian
+from pyro_invman.tasks.encoder import Belief
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = (0, 1, 2, 5, 10, 20)
 LEVEL = 0.9
+_WEIGHED = 8192
 Cell = dict[str, Any]
 
 
@@ -181,7 +184,8 @@ def _beside_nuts(
     process: HierarchicalLinearGaussian, manifold: pim.ProcessManifold, asked: Asked, fresh: Tensor, seed: int
 ) -> Cell:
     """KL(fitted model's own posterior ‖ amortised) a dimension, and task functions at five inputs, for some tasks."""
-    network, divergences, off, width = manifold.network, [], [], []
+    network = manifold.network
+    divergences, by_weights, off, width = [], [], [], []
     inputs = torch.linspace(-2, 2, 5, dtype=torch.float64)
     scale = process.covariance.diagonal().sqrt()
     for number, k in enumerate((2, 5, 10)):
@@ -192,15 +196,21 @@ def _beside_nuts(
         working = manifold.standardization(rows).float()
         with torch.no_grad():
             z = long_run.particles
-            before = network.before(torch.empty(0))
+            prior = network.before(torch.empty(0))  # wider where the task is like none that was learned
+            before = Belief(prior.precision / quick.inflation, prior.shift / quick.inflation)
             joint = before.log_prob(z) + network.evidence_of(working, z.unsqueeze(-2)).sum(-1)
-            # the evidence by importance sampling from a normal fitted to the long run, twice as wide
-            proposal = torch.distributions.MultivariateNormal(z.mean(0), covariance_matrix=2 * z.T.cov())
-            w = proposal.sample((8192,))
-            weights = before.log_prob(w) + network.evidence_of(working, w.unsqueeze(-2)).sum(-1) - proposal.log_prob(w)
-            log_evidence = weights.logsumexp(0) - math.log(len(w))
+            # the evidence by importance sampling from normals about the long run and the belief, and from the prior
+            near = torch.distributions.MultivariateNormal(z.mean(0), covariance_matrix=2 * z.T.cov())
+            parts = [near, quick.latent, torch.distributions.MultivariateNormal(0 * z[0], before.precision.inverse())]
+            w = torch.cat([part.sample((_WEIGHED,)) for part in parts])
+            proposed = torch.stack([part.log_prob(w) for part in parts]).logsumexp(0) - math.log(len(parts))
+            target = before.log_prob(w) + network.evidence_of(working, w.unsqueeze(-2)).sum(-1)
+            log_evidence = (target - proposed).logsumexp(0) - math.log(len(w))
             divergence = (joint - log_evidence - quick.latent.log_prob(z)).mean()
+            share = (target - proposed).softmax(0)
+            weighed = (share * (target - log_evidence - quick.latent.log_prob(w))).sum()
         divergences.append(float(divergence) / z.shape[-1])
+        by_weights.append(float(weighed) / z.shape[-1])
         for step in inputs:
             settings = {n: process.mean[process.variables.index(n)] + step * scale[process.variables.index(n)]
                         for n in asked.settings}  # fmt: skip
@@ -210,6 +220,7 @@ def _beside_nuts(
             width.append((draws.std(0) / truth.variance.sqrt()).mean())
     return {
         "kl_per_dim_to_nuts": divergences,
+        "kl_per_dim_by_weights": by_weights,
         "function_off_in_sd": float(torch.stack(off).mean().sqrt()),
         "function_width_ratio": float(torch.stack(width).mean()),
     }
@@ -265,6 +276,7 @@ def growth(seed: int, tasks: int, fit: Cell) -> Cell:
         if number == 64:
             cell |= _after_extend(process, manifold, asked, seed)
     cell["shots"] = list(shots)
+    cell["oscillations"] = on_oscillations(seed, tasks // 2, shots, fit)
     return cell
 
 
@@ -294,28 +306,35 @@ def rows_needed(shots: Sequence[int], losses: Sequence[float], wanted: float) ->
 
 def growth_table(cells: dict[str, Cell]) -> str:
     """Rows needed by number of tasks."""
-    lines = [
-        "| training tasks | loss at k = 0 | k = 5 | k = 20 | k = 80 | rows needed (median of seeds) |",
-        "|---|---|---|---|---|---|",
-    ]
-    numbers = list(next(iter(cells.values()))["losses"])
-    for number in numbers:
-        needed = sorted(
-            rows_needed(c["shots"], c["losses"][number], c["losses"][numbers[-1]][c["shots"].index(5)])
-            for c in cells.values()
-        )
-        mean = [
-            sum(c["losses"][number][c["shots"].index(k)] for c in cells.values()) / len(cells) for k in (0, 5, 20, 80)
-        ]
-        middle = needed[len(needed) // 2]
-        lines.append(f"| {number} | " + " | ".join(f"{m:.3f}" for m in mean) + f" | {middle:.1f} |")
+    shots = next(iter(cells.values()))["shots"]
     rise = [c["old_loss_after"] - c["old_loss_before"] for c in cells.values()]
-    lines += [
-        "",
-        f"After `extend` by 32 tasks the loss on the old ones rises by {sum(rise) / len(rise):.4f} nats a cell "
-        f"(largest {max(rise):.4f}; bar 0.02).",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "The linear-Gaussian process, nats a cell:",
+            "",
+            *_by_number(shots, [c["losses"] for c in cells.values()]),
+            "",
+            f"After `extend` by 32 tasks the loss on the old ones rises by {sum(rise) / len(rise):.4f} nats a cell "
+            f"(largest {max(rise):.4f}; bar 0.02).",
+            "",
+            "Damped oscillations, nats a row:",
+            "",
+            *_by_number(shots, [c["oscillations"] for c in cells.values() if "oscillations" in c]),
+        ]
+    )
+
+
+def _by_number(shots: Sequence[int], losses: Sequence[dict[str, list[float]]]) -> list[str]:
+    """Lines of a table: losses after k rows and rows needed, by number of tasks."""
+    at = [shots.index(k) for k in (0, 5, 20, 80)]
+    lines = ["| training tasks | k = 0 | k = 5 | k = 20 | k = 80 | rows needed (median of seeds) |"]
+    lines.append("|---" * 6 + "|")
+    for number in losses[0] if losses else []:
+        wanted = [one[list(one)[-1]][shots.index(5)] for one in losses]
+        needed = sorted(rows_needed(shots, one[number], goal) for one, goal in zip(losses, wanted, strict=True))
+        mean = " | ".join(f"{sum(one[number][k] for one in losses) / len(losses):.3f}" for k in at)
+        lines.append(f"| {number} | {mean} | {needed[len(needed) // 2]:.1f} |")
+    return lines
 
 
 # ------------------------------------------------------------ typicality
