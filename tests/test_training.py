@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyro_invman.training import Record, Schedule, train, write_atomically
+from pyro_invman.training import Record, Schedule, _Muon, train, write_atomically
 from pyro_invman.variables import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,3 +325,22 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_run(tmp_path, monke
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_hidden_matrices_move_as_torchs_muon_moves_them():
+    """Up to the rounding of torch's bfloat16, a hundredth of a step."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(n, n, generator=generator)) for n in (16, 24, 16)]
+    torchs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.01, "weight_decay": 0.02}
+    optimizers = _Muon(ours, **settings), torch.optim.Muon(torchs, adjust_lr_fn="match_rms_adamw", **settings)
+    start = ours[0].detach().clone()
+    for _ in range(5):
+        for p, q in zip(ours, torchs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (ours[0] - start).abs().mean()
+    for p, q in zip(ours, torchs, strict=True):
+        assert (p - q).abs().mean() < 0.02 * moved
