@@ -1,6 +1,6 @@
 """Inverse problems that recur: one joint density over incomplete rows, every conditional of it a Pyro distribution."""
 
-from pyro_invman import simulators
+from pyro_invman import diagnostics, simulators
 from pyro_invman.data import from_columns, read, validate
 from pyro_invman.density.coupling import Coupling
 from pyro_invman.density.queries import QueryMix
@@ -32,6 +32,7 @@ __all__ = [
     "UnfamiliarTask",
     "Variable",
     "Variables",
+    "diagnostics",
     "from_columns",
     "load",
     "read",

@@ -101,3 +101,48 @@ def inference_tree(
             "/constant_data": constant,
         }
     )
+
+
+def curve_dataset(
+    strata: Sequence[str],
+    targets: Sequence[str] | None,
+    points: np.ndarray,
+    tables: Mapping[str, np.ndarray],
+    losses: Mapping[str, Sequence[float]],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Calibration curves over ("stratum", "target", "point"), what goes with a curve, and losses of strata.
+
+    Arguments:
+        targets: names, or None where a curve is about all targets together.
+        tables: `curve`, `lower` and `upper` (strata, targets, points); `p_value` and `count` (strata, targets).
+        losses: name to nats (strata,).
+    """
+    dims = ("stratum", "target", "point")
+    found = xr.Dataset(
+        {name: (dims[: table.ndim], table) for name, table in tables.items()}
+        | {name: ("stratum", list(each), {"units": "nat"}) for name, each in losses.items()},
+        coords={"stratum": list(strata), "target": list(targets or [""]), "point": points},
+        attrs=dict(attrs),
+    )
+    return found if targets is not None else found.isel(target=0, drop=True)
+
+
+def check_dataset(
+    strata: Sequence[str],
+    targets: Sequence[Variable],
+    statistics: Sequence[str],
+    tables: Mapping[str, np.ndarray],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Statistics of measured and of drawn cells, `tables` over ("stratum", "target", "statistic")."""
+    return xr.Dataset(
+        {name: (("stratum", "target", "statistic"), table) for name, table in tables.items()},
+        coords={
+            "stratum": list(strata),
+            "target": [v.name for v in targets],
+            "statistic": list(statistics),
+            "units": ("target", [v.units for v in targets]),
+        },
+        attrs=dict(attrs),
+    )
