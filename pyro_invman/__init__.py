@@ -6,6 +6,8 @@ from pyro_invman.density.coupling import Coupling
 from pyro_invman.density.queries import QueryMix
 from pyro_invman.density.velocity import Solver
 from pyro_invman.distributions import ConditionalFlow
+from pyro_invman.identification import UnidentifiedConditional
+from pyro_invman.information import MutualInformation
 from pyro_invman.joint import JointFlow
 from pyro_invman.saved import load
 from pyro_invman.tasks.manifold import ProcessManifold
@@ -22,6 +24,7 @@ __all__ = [
     "Coupling",
     "DataError",
     "JointFlow",
+    "MutualInformation",
     "ProcessManifold",
     "QueryMix",
     "Schedule",
@@ -30,6 +33,7 @@ __all__ = [
     "TaskPosterior",
     "UnfamiliarCondition",
     "UnfamiliarTask",
+    "UnidentifiedConditional",
     "Variable",
     "Variables",
     "diagnostics",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,8 +18,11 @@ from pyro_invman import storage
 from pyro_invman.data import from_tensor, to_tensor, validate, variables_of
 from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.density.context import Layout
+from pyro_invman.density.links import alike
 from pyro_invman.density.queries import QueryMix, query_loss
 from pyro_invman.distributions import ConditionalFlow, stack_given
+from pyro_invman.identification import warn_of_unlinked
+from pyro_invman.information import MutualInformation, mutual_information
 from pyro_invman.results import history_dataset
 from pyro_invman.training import Schedule, train
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
@@ -101,8 +104,22 @@ class JointFlow(PyroModule):
         ds = validate(ds)
         variables = variables_of(ds)
         flow = cls(variables, exchangeable, seed, **architecture)
-        flow._learn_scales(to_tensor(ds, variables))
+        values = to_tensor(ds, variables)
+        flow._learn_links(values)
+        flow._learn_scales(values)
         return flow
+
+    def _learn_links(self, values: Tensor) -> None:
+        observed = (~values.isnan()).long()
+        self.links.copy_(observed.T @ observed)
+        self._take_links()
+
+    def _take_links(self) -> None:
+        """Lets the density depend along pairs that rows show together; members of a group may stand for each other."""
+        links = self.links
+        for g in range(len(self.exchangeable)):
+            links = alike(links, self.density.context.columns_of(g))
+        self.density.link(links > 0)
 
     def _learn_scales(self, values: Tensor) -> None:
         values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
@@ -160,8 +177,8 @@ class JointFlow(PyroModule):
         held_out = max(1, round(validation * len(values)))
         if len(values) - held_out < 2:
             raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
-        observed = ~values.isnan()
-        self.links.copy_(observed.long().T @ observed.long())
+        order = _held_out_first(order, held_out, ~values.isnan())
+        self._learn_links(values)
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
         self.density.load_state_dict(self._untrained().state_dict())  # a fit starts anew
         self._learn_scales(training_rows)
@@ -208,7 +225,8 @@ class JointFlow(PyroModule):
             resume=resume,
             fingerprint=digest.hexdigest(),
         )
-        return history_dataset(history, {"rows": len(working), "held_out_rows": held_out})
+        attrs = {"rows": len(working), "held_out_rows": held_out}
+        return history_dataset(history, attrs, (self.variables, self.links))
 
     def _shuffle(self, rows: int, generator: torch.Generator) -> Tensor:
         """Columns (rows, D) with the members of each exchangeable group in random order, row by row."""
@@ -239,6 +257,10 @@ class JointFlow(PyroModule):
     def conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:
         """p(targets | given) as a Pyro distribution; what is in neither is marginalised.
 
+        Of two variables that no row shows together nothing is known. Unless others link them, each ignores the other;
+        through others that were measured with both they are dependent, and independent given those. Either way an
+        :class:`pyro_invman.UnidentifiedConditional` says so.
+
         Arguments:
             targets: names, in the order of the last dimension of values.
             given: name to values in natural units (numbers or tensors that broadcast against each other; level names
@@ -250,27 +272,61 @@ class JointFlow(PyroModule):
         Raises:
             DataError: unknown or repeated names, a target that is also given, values outside their support.
         """
-        if isinstance(targets, str):
-            targets = [targets]
-        targets = list(targets)
+        targets = self._checked(targets, given or ())
+        d = self._conditional(targets, given)
+        if self.density.links is None:
+            return d
+        known = (~d.given.isnan()).reshape(-1, len(self.variables)).any(0).nonzero()[:, 0].tolist()
+        warn_of_unlinked(self.variables, self.density.links, d.columns, known)
+        return d
+
+    def _checked(self, targets: Sequence[str], given: Iterable[str]) -> list[str]:
+        targets, given = [targets] if isinstance(targets, str) else list(targets), list(given)
         if not targets:
             raise DataError(f"targets: none named; expected some of {list(self.variables.names)}")
         for position, name in enumerate(targets):
             self.variables.index(name)
             if name in targets[:position]:
                 raise DataError(f"targets: {name} is named twice")
-            if given and name in given:
+            if name in given:
                 raise DataError(f"{name} is both a target and given; take it out of one")
+        return targets
+
+    def _conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> ConditionalFlow:
         weights = self.density.out.weight
         row = stack_given(
             self.variables, dict(given or {}), torch.promote_types(torch.get_default_dtype(), weights.dtype)
         )
         return ConditionalFlow(self.density, self.standardization, self.variables, targets, row.to(weights.device))
 
+    def mutual_information(
+        self, a: Sequence[str], b: Sequence[str], given: Sequence[str] = (), *, num_samples: int = 10_000, seed: int = 0
+    ) -> MutualInformation:
+        r"""I(a; b | given) in nats, as the flow believes it, from `num_samples` of its own draws.
+
+        .. math:: I(a; b \mid g) = E\left[\log p(a \mid b, g) - \log p(a \mid g)\right]
+
+        Zero where nothing links the two, and no estimate of what the process does there.
+
+        Arguments:
+            a, b, given: disjoint names of variables; one name may stand for a list of one.
+
+        Raises:
+            DataError: no names, unknown or repeated ones, or fewer than 2 draws.
+        """
+        given = [given] if isinstance(given, str) else list(given)
+        given = self._checked(given, ()) if given else []
+        b = self._checked(b, given)
+        a = self._checked(a, [*b, *given])
+        if num_samples < 2:
+            raise DataError(f"num_samples: found {num_samples}, expected at least 2: their spread is the error")
+        warn_of_unlinked(self.variables, self.density.links, self.variables.indices(a), self.variables.indices(b))
+        return mutual_information(self._conditional, a, b, given, num_samples, seed)
+
     def log_prob(self, ds: xr.Dataset) -> Tensor:
         """Log-density (N,) of the observed cells of each row, jointly, in natural units."""
         values = to_tensor(ds, self.variables)
-        d = self.conditional(self.variables.names)
+        d = self._conditional(self.variables.names)
         with torch.no_grad():
             return torch.cat([d.log_prob(rows) for rows in values.split(2048)])
 
@@ -322,7 +378,25 @@ class JointFlow(PyroModule):
         flow.to(tensors["density.out.weight"].dtype)
         flow.load_state_dict(dict(tensors))
         flow._take_bounds()
+        flow._take_links()
         return flow
+
+
+def _held_out_first(order: Tensor, held_out: int, observed: Tensor) -> Tensor:
+    """Rows in `order`, those to be held out first, so that the others (N, D) still show every pair that is `observed`.
+
+    Rows that show a pair which none of the others would are learned from, if there are enough without one.
+    """
+
+    def together(rows: Tensor) -> Tensor:
+        return rows.long().T @ rows.long()
+
+    lost = (together(observed[order[held_out:]]) == 0) & (together(observed) > 0)
+    if not bool(lost.any()):
+        return order
+    shows = observed[order].to(torch.float32)
+    needed = ((shows @ lost.to(shows)) * shows).sum(-1) > 0
+    return order[needed.to(torch.uint8).argsort(stable=True)]
 
 
 def unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:

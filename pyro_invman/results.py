@@ -20,8 +20,18 @@ _MEANING = {
 }
 
 
-def history_dataset(records: Sequence[Record], attrs: Mapping[str, Any]) -> xr.Dataset:
-    """The history of a fit over ``step``, with `attrs` as its attributes."""
+def history_dataset(
+    records: Sequence[Record], attrs: Mapping[str, Any], links: tuple[Variables, Tensor] | None = None
+) -> xr.Dataset:
+    """The history of a fit over ``step``, with `attrs` as its attributes.
+
+    `links`: variables, and how many rows show each pair of them (D, D), which stands beside it as a coordinate.
+    """
+    beside: dict[str, Any] = {}
+    if links is not None:
+        meaning = {"long_name": "rows that show both variables"}
+        beside = {dim: list(links[0].names) for dim in ("variable", "other")}
+        beside["links"] = (("variable", "other"), links[1].cpu().numpy(), meaning)
     columns = np.array(records, dtype=float).reshape(len(records), len(Record._fields)).T
     named = dict(zip(Record._fields, columns, strict=True))
     step = named.pop("step").astype(int)
@@ -30,7 +40,7 @@ def history_dataset(records: Sequence[Record], attrs: Mapping[str, Any]) -> xr.D
             name: ("step", values, dict(zip(("long_name", "units"), _MEANING[name], strict=True)))
             for name, values in named.items()
         },
-        coords={"step": step},
+        coords={"step": step} | beside,
         attrs=dict(attrs),
     )
 

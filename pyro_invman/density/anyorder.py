@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_invman.density.backbones import Block, MaskedMLP, TokenTransformer
 from pyro_invman.density.context import PER_CELL, Context, Layout
+from pyro_invman.density.links import Links, links_between
 from pyro_invman.density.univariate import Mixture, Spline
 
 
@@ -79,6 +80,7 @@ class AnyOrderFlow(nn.Module):
         self.dim, self.max_levels = len(layout.levels), max(layout.levels)
         self.bounded = bool((layout.lower.isfinite() | layout.upper.isfinite()).any())
         self.context = Context(layout)
+        self.links: Links | None = None
         slots = self.context.slots()
         fixed = {
             "lower": layout.lower.to(torch.get_default_dtype()),
@@ -111,9 +113,17 @@ class AnyOrderFlow(nn.Module):
                 self.out.bias.copy_(start.flatten())
         self.eval()  # only a training loop leaves units out
 
+    def link(self, linked: Tensor) -> None:
+        """Lets dependence run along the `linked` pairs (D, D) of columns alone; all False: nothing is known of any."""
+        self.links = links_between(linked)
+
     def fit_base(self, values: Tensor) -> None:
         """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""
-        self.context.fit(values)
+        self.context.fit(values, None if self.links is None else self.links.linked)
+
+    def visible(self, known: Tensor, target: Tensor) -> Tensor:
+        """Which of the `known` cells (..., D) the `target` column (...) depends on, (..., D)."""
+        return known if self.links is None else self.links.visible(known, target)
 
     def parameters_of(self, values: Tensor, known: Tensor, targets: Tensor, anchor: Any = None) -> Parameters:
         """What the heads of `targets` (..., T) need, given the cells of `values` (..., D) that are `known` (..., D).
@@ -182,7 +192,8 @@ class AnyOrderFlow(nn.Module):
         """Parameters of one target for rows (..., D), and its column as a tensor (...,)."""
         shape = torch.broadcast_shapes(row.shape, known.shape)[:-1]
         column = torch.full(shape, target, dtype=torch.long, device=row.device)
-        raw, mean, scale, logits = self.parameters_of(row, known, column.unsqueeze(-1), anchor)
+        seen = self.visible(known, column.new_tensor(target))
+        raw, mean, scale, logits = self.parameters_of(row, seen, column.unsqueeze(-1), anchor)
         return Parameters(
             raw.squeeze(-2),
             mean.squeeze(-1),
@@ -243,6 +254,7 @@ class AnyOrderFlow(nn.Module):
             right = answers[..., 1:].expand(*shape, len(later)).unsqueeze(-1)
             rows_, masks_ = torch.stack(rows, -2), torch.stack(masks, -2)
             deeper = None if anchor is None else anchor.deeper()
+            masks_ = self.visible(masks_, columns.squeeze(-1))
             scores = self.cell_log_prob(rows_, masks_, columns, right, deeper).squeeze(-1)
             terms.append(scores)
         joined = torch.cat(terms, -1)

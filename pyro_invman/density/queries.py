@@ -81,13 +81,18 @@ def query_loss(
 ) -> Tensor:
     """Mean −log p over the cells of `batch` (B, D) that `mix` asks an any-order flow for.
 
-    A `latent` (B, L) is given. `counts` (B, D) is what each cell counts for (1 where None).
+    Each target is given what of the known cells it may depend on. A `latent` (B, L) is given. `counts` (B, D) is what
+    each cell counts for (1 where None).
     """
     known, targets, asked = mix.draw(~batch.isnan(), roles, _TARGETS_A_ROW, generator)
     right = torch.where(asked, batch.gather(1, targets), 0.0)
     row = batch.nan_to_num(0.0)
     if latent is not None:
         row, known = torch.cat([row, latent], -1), F.pad(known, (0, latent.shape[-1]), value=True)
+    if module.links is not None:  # cells that were drawn may not be linked: what the first target sees is known
+        known = module.visible(known, targets[:, 0])  # type: ignore[operator]
+        seen = module.visible(known.unsqueeze(-2), targets)  # type: ignore[operator]
+        asked = asked & (seen == known.unsqueeze(-2)).all(-1)
     scores = module.cell_log_prob(row, known, targets, right)  # type: ignore[operator]
     weight = asked.to(scores) if counts is None else torch.where(asked, counts.gather(1, targets), 0.0)
     return -(torch.where(asked, scores, 0.0) * weight).sum() / weight.sum().clamp_min(1e-6)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_invman.density.gaussian import distinct
+from pyro_invman.density.gaussian import distinct, most_entropic
 
 
 class Measurements(NamedTuple):
@@ -154,6 +154,12 @@ class RandomEffects(nn.Module):
                 break
         if believed is None:
             self._turn()
+
+    @torch.no_grad()
+    def separate(self, linked: Tensor) -> None:
+        """Makes pairs of cells that are not `linked` (E, E) independent given the others and the latent, which the
+        likelihood of rows that show no such pair together cannot tell."""
+        self.covariance.copy_(most_entropic(self.covariance, linked))
 
     def _estimates(self) -> Tensor:
         between = self.loading @ self.loading.mT

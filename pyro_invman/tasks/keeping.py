@@ -64,3 +64,4 @@ def restore(manifold: ProcessManifold, schema: Mapping[str, Any], tensors: Mappi
     manifold.memory = Memory.from_tensors(schema["known"], remembered)
     manifold.network.to(weights["network.flow.out.weight"].dtype)
     manifold.load_state_dict(weights)
+    manifold.network.take_links()

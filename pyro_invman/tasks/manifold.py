@@ -246,9 +246,8 @@ class ProcessManifold(PyroModule):
             fingerprint=hashlib.sha256(repr(settings).encode() + values.numpy().tobytes()).hexdigest(),
         )
         self.memory = Memory.of(self.network, data, names, order[:held_out], seed)
-        return history_dataset(
-            history, {"tasks": len(names) - held_out, "held_out_tasks": held_out, "rows": len(values)}
-        )
+        attrs = {"tasks": len(names) - held_out, "held_out_tasks": held_out, "rows": len(values)}
+        return history_dataset(history, attrs, (self.variables, self.links))
 
     def _task_rows(self, values: Tensor, task: Tensor, seed: int) -> TaskRows:
         generator = torch.Generator().manual_seed(seed)
@@ -288,6 +287,7 @@ class ProcessManifold(PyroModule):
         rows = torch.cat(
             [self.memory.rows, self.standardization(self._heard(values, task)).to(self.network.flow.dtype)]
         )
+        self.network.learn_links(rows)
         of_task = torch.cat([self.memory.task, task + len(known)])
         data = TaskRows(rows, of_task, self._conditions(rows, of_task))
         learned, held_out = self.memory.split_with(len(names), torch.Generator().manual_seed(seed))
@@ -307,7 +307,13 @@ class ProcessManifold(PyroModule):
             progress=progress,
         )
         self.memory = Memory.of(self.network, data, [*known, *names], held_out, seed)
-        return history_dataset(history, {"tasks": len(known) + len(names), "new_tasks": len(names), "rows": len(rows)})
+        attrs = {"tasks": len(known) + len(names), "new_tasks": len(names), "rows": len(rows)}
+        return history_dataset(history, attrs, (self.variables, self.links))
+
+    @property
+    def links(self) -> Tensor:
+        """Rows of learned tasks that show each pair of variables together, (D, D)."""
+        return self.network.links
 
     # ------------------------------------------------------------------ asking
     def infer_task(

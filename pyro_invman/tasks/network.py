@@ -48,6 +48,7 @@ class ManifoldNetwork(nn.Module):
     evidence: Tensor
     constant: Tensor
     follow: Tensor
+    links: Tensor
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class ManifoldNetwork(nn.Module):
         self.register_buffer("evidence", evidence, persistent=False)
         self.register_buffer("constant", torch.zeros_like(evidence))
         self.register_buffer("follow", torch.full(evidence.shape, 0.5))
+        self.register_buffer("links", torch.zeros(self.dim, self.dim, dtype=torch.long))
         owner = context.owner[: len(context.owner) - latent_dim]
         self.base = TaskEffects((~evidence)[owner].tolist(), latent_dim)
         context.__dict__["base_of_tasks"] = self.base  # seen, not owned: its state is kept once
@@ -88,14 +90,31 @@ class ManifoldNetwork(nn.Module):
         the flow on it."""
         context = self.context
         self.constant.copy_(constant_columns(values, task))
+        self.learn_links(values)
         cells, known = context.row_cells(values)
-        self.base.fit(torch.where(known, cells, math.nan), task, bend, seed)
+        # functions of settings that some observation was never measured with would carry a link over to it
+        self.base.fit(torch.where(known, cells, math.nan), task, bend and self.flow.links is None, seed)
+        if self.flow.links is not None:
+            owner = context.owner[: cells.shape[-1]]
+            own = owner.unsqueeze(-1) == owner
+            self.base.effects.separate(self.flow.links.linked[owner][:, owner] | own)
         blank = values.new_full((len(values), self.latent_dim), math.nan)
         context.fit_scores(torch.cat([values, blank], -1))
         mean, covariance = self.base.effects.joint()
         context.base.mean.copy_(mean)
         context.base.covariance.copy_(covariance)
         context.knots[self.dim :] = context.scores
+
+    def learn_links(self, values: Tensor) -> None:
+        """Counts the rows (N, D) that show each pair of columns; given the latent, cells depend along those alone."""
+        observed = (~values.isnan()).long()
+        self.links.copy_(observed.mT @ observed)
+        self.take_links()
+
+    def take_links(self) -> None:
+        """Lets the flow depend as the `links` that were counted say."""
+        known = bool(self.links.any())  # of a network that has seen nothing, nothing is known
+        self.flow.link(F.pad(self.links > 0, (0, self.latent_dim, 0, self.latent_dim), value=known))
 
     # ------------------------------------------------------------------ beliefs
     def before(self, conditions: Tensor, inducing: Tensor | None = None) -> Belief:

@@ -13,8 +13,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_invman.data import to_tensor
+from pyro_invman.density.links import Links
 from pyro_invman.density.remainder import Remainder
 from pyro_invman.distributions import stack_given
+from pyro_invman.identification import warn_of_unlinked
 from pyro_invman.tasks.designs import evidence_to_follow
 from pyro_invman.tasks.inverse import TaskInverse
 from pyro_invman.tasks.network import ManifoldNetwork
@@ -75,8 +77,9 @@ class TaskPosterior:
     def conditional(self, targets: Sequence[str], given: Mapping[str, Any] | None = None) -> TaskConditional:
         """p(targets | given, rows of the task) as a Pyro distribution, z integrated out.
 
-        What is known of the task as a whole (its constant conditions) is given too, unless it is named among the
-        targets or the givens.
+        Given the task, variables that no row shows together are independent unless others link them; an
+        :class:`pyro_invman.UnidentifiedConditional` says so. What is known of the task as a whole (its constant
+        conditions) is given too, unless it is named among the targets or the givens.
 
         Arguments and errors are those of :meth:`pyro_invman.JointFlow.conditional`.
         """
@@ -93,6 +96,7 @@ class TaskPosterior:
         known = {name: value for name, value in self.conditions.items() if name not in targets and name not in given}
         dtype = torch.promote_types(torch.get_default_dtype(), self.network.flow.dtype)
         row = stack_given(self.variables, known | given, dtype)
+        self._warn(targets, row)
         arguments = (
             self.standardization,
             self.variables,
@@ -105,6 +109,13 @@ class TaskPosterior:
         if self._sought(targets, row):
             return TaskInverse(self.network, self._follows(targets[0]), *arguments, remainder=self._remainder)
         return TaskConditional(self.network.flow, *arguments, remainder=self._remainder)
+
+    def _warn(self, targets: Sequence[str], row: Tensor) -> None:
+        graph = self.network.flow.links
+        if graph is not None:
+            columns = (~row.isnan()).reshape(-1, len(self.variables)).any(0).nonzero()[:, 0].tolist()
+            of_row = Links(graph.linked[: len(self.variables), : len(self.variables)])
+            warn_of_unlinked(self.variables, of_row, self.variables.indices(targets), columns, "the task", 4)
 
     def _sought(self, targets: Sequence[str], row: Tensor) -> bool:
         """Whether one setting that varies within a task is asked for, given observations, and the base bends, so that
