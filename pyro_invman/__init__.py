@@ -1,6 +1,6 @@
 """Inverse problems that recur: one joint density over incomplete rows, every conditional of it a Pyro distribution."""
 
-from pyro_invman import diagnostics, simulators
+from pyro_invman import design, diagnostics, simulators
 from pyro_invman.data import from_columns, read, validate
 from pyro_invman.density.coupling import Coupling
 from pyro_invman.density.queries import QueryMix
@@ -36,6 +36,7 @@ __all__ = [
     "UnidentifiedConditional",
     "Variable",
     "Variables",
+    "design",
     "diagnostics",
     "from_columns",
     "load",

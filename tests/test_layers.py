@@ -42,6 +42,8 @@ FLOORS = [
     ["diagnostics.uniform", "diagnostics.two_sample", "diagnostics.answers"],
     ["diagnostics.calibration", "diagnostics.recalibration", "diagnostics.reference"],
     ["diagnostics.predictive", "diagnostics.verdict"],
+    ["design.quasi"],
+    ["design.experiment"],
     ["cli"],
     ["__main__"],
 ]
