@@ -139,6 +139,34 @@ def task_map(
     return ax
 
 
+def gain_against_cost(history: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """What a campaign's suggestions promise in all against what they cost, and what the flow's two sides say."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    cost = np.concatenate([[0.0], history.cost.values.cumsum()])
+    gain = np.concatenate([[0.0], history.gain.values.cumsum()])
+    ax.plot(cost, gain, marker=".", color=_POSTERIOR, label="expected gain, as chosen")
+    for name, colour in (("likelihood", _TRUTH), ("posterior", "0.4")):
+        ax.plot(cost[1:], gain[:-1] + history[name].values, "_", ms=7, color=colour, label=f"{name} side")
+    ax.set_xlabel("total cost")
+    ax.set_ylabel("expected gain [nat]")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def trade_off(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Expected gain inverse against forward, along the weight between the two."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.2, 3.8), constrained_layout=True)
+    ax.plot(curve.forward, curve.inverse, marker=".", color=_POSTERIOR)
+    for n in {0, len(curve.weight) // 2, len(curve.weight) - 1}:
+        at = (float(curve.forward[n]), float(curve.inverse[n]))
+        ax.annotate(f"λ = {float(curve.weight[n]):.2g}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ax.set_xlabel("forward: expected gain about predictions [nat]")
+    ax.set_ylabel(f"inverse: expected gain about the {curve.attrs['inverse']} [nat]")
+    return ax
+
+
 def save(axes: Any, path: Any, **options: Any) -> None:
     """Writes the figure that `axes` belong to, and closes it."""
     figure = np.ravel(axes)[0].figure

@@ -156,3 +156,74 @@ def check_dataset(
         },
         attrs=dict(attrs),
     )
+
+
+_CHOSEN = {
+    "gain": "expected gain by which it was chosen",
+    "closed_form": "expected gain by the closed form",
+    "likelihood": "expected gain by the flow, likelihood side",
+    "posterior": "expected gain by the flow, posterior side",
+    "error": "standard error of the two sides",
+}
+
+
+def campaign_history(
+    suggested: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], kinds: Sequence[str]
+) -> xr.Dataset:
+    """Suggestions of a campaign over ``suggestion``, gains apart by ``target``, and rows told over ``measurement``."""
+    data: dict[str, Any] = {
+        name: ("suggestion", np.array([s[name] for s in suggested], float), {"long_name": text, "units": "nat"})
+        for name, text in _CHOSEN.items()
+    }
+    data["gap"] = ("suggestion", data["likelihood"][1] - data["posterior"][1], {"units": "nat"})
+    for name in ("candidate", "batch"):
+        data[name] = ("suggestion", np.array([s[name] for s in suggested], int))
+    data["cost"] = ("suggestion", np.array([s["cost"] for s in suggested], float))
+    apart = np.array([[s["by_target"][kind] for kind in kinds] for s in suggested], float).reshape(-1, len(kinds))
+    data["target_gain"] = (("suggestion", "target"), apart, {"long_name": "closed-form gain", "units": "nat"})
+    for name, kind in (("candidate", int), ("cost", float), ("cells", int)):
+        data[f"measured_{name}"] = ("measurement", np.array([m[name] for m in measured], kind))
+    return xr.Dataset(data, coords={"target": list(kinds)})
+
+
+def trade_off_dataset(points: Sequence[tuple[float, float, float, float]], inverse: str) -> xr.Dataset:
+    """Gains forward and inverse, and cost, of batches over ``weight``, the share of the inverse."""
+    share, *columns = np.array(points, float).reshape(-1, 4).T
+    names = ("forward", "inverse", "cost")
+    data = {name: ("weight", column) for name, column in zip(names, columns, strict=True)}
+    return xr.Dataset(data, coords={"weight": share}, attrs={"inverse": inverse})
+
+
+def joined_rows(rows: xr.Dataset | None, more: xr.Dataset | None, without: Sequence[str]) -> xr.Dataset | None:
+    """Rows and more rows, of which cells `without` are not known, one below the other; labels both have are kept."""
+    if more is not None:
+        more = more.drop_vars([name for name in without if name in more])
+    if rows is None or more is None:
+        return rows if more is None else more
+    shared = [name for name in ("task", "source") if name in rows.coords and name in more.coords]
+    parts = [part.drop_vars([str(c) for c in part.coords if c not in shared]) for part in (rows, more)]
+    wide = []
+    for part, other in (parts, parts[::-1]):
+        absent = {n: ("row", np.full(part.sizes["row"], np.nan), other[n].attrs) for n in other if n not in part}
+        wide.append(part.assign(absent))
+    wide[1] = wide[1][list(wide[0].data_vars)]
+    return xr.concat(wide, "row", combine_attrs="override")
+
+
+def to_record(ds: xr.Dataset) -> dict[str, Any]:
+    """A dataset as JSON knows it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+    found: dict[str, Any] = plain(ds.to_dict(data="list"))
+    return found
+
+
+def from_record(record: Mapping[str, Any]) -> xr.Dataset:
+    """What `to_record` gave."""
+    return xr.Dataset.from_dict(dict(record))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_invman.density.hyperparameters import JITTER
-from pyro_invman.density.random_functions import Anchor, RandomFunctions
+from pyro_invman.density.random_functions import Anchor, Features, RandomFunctions
 
 MOST = 512  # rows that are looked at together, of which the cost grows with the cube
 _SHARE = 0.05  # of the noise that a drawn function keeps, so that rows alike stay apart
@@ -64,19 +64,29 @@ class Remainder:
 
     def anchor(self, settings: Tensor, known: Tensor) -> Anchor:
         """Of further rows of the tasks with settings (..., N, S), read where `known`; of one task's, of any shape."""
-        alone, shape = self.seen.dim() == 2, settings.shape[:-1]
+        near = self._near(settings, known)[0]
+        return (near.unflatten(settings.shape[:-1]) if self.seen.dim() == 2 else near).anchor()
+
+    def together(self, settings: Tensor, known: Tensor) -> tuple[Anchor, Tensor]:
+        """Of further rows (N, S) of one task: each alone, and their covariances (M, N, N) given the latent."""
+        near, here, through = self._near(settings, known)
+        covariance = self.functions.left_over(here, here) - through.mT @ through
+        return near.anchor(), covariance + torch.diag_embed(near.scale.square() - covariance.diagonal(dim1=-2, dim2=-1))
+
+    def _near(self, settings: Tensor, known: Tensor) -> tuple[Features, Features, Tensor]:
+        """Rows as they are seen from the task's, as they are alone, and their whitened covariance (M, ..., K, N)."""
         here = self.functions.features(settings, known)
-        if not alone:
-            here = here.unflatten(shape)
+        if self.seen.dim() > 2:
+            here = here.unflatten(settings.shape[:-1])
         towards = torch.where(self.seen.unsqueeze(-2), self.functions.left_over(here, self.rows), 0.0)
-        through = torch.linalg.solve_triangular(self.factor, towards.mT, upper=False)  # (M, ..., K, N)
+        through = torch.linalg.solve_triangular(self.factor, towards.mT, upper=False)
         moved = through.mT @ self.white
         noise = self.functions.variances[:, 3].reshape(-1, *[1] * (here.mean.dim() - 1))
         variance = (here.scale.square() - through.square().sum(-2)).maximum(noise).clamp_min(1e-12)
         near = here._replace(
             mean=here.mean + moved[..., -1], scale=variance.sqrt(), directions=here.directions - moved[..., :-1]
         )
-        return (near.unflatten(shape) if alone else near).anchor()
+        return near, here, through
 
 
 @torch.no_grad()

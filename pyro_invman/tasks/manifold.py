@@ -22,15 +22,16 @@ from pyro_invman.tables import suggest
 from pyro_invman.tasks import generative, inference, keeping
 from pyro_invman.tasks.contamination import Contamination
 from pyro_invman.tasks.encoder import Belief
+from pyro_invman.tasks.evidence import evidence_of
 from pyro_invman.tasks.fingerprint import Fingerprint, Likeness, corrected, nearest, similarity
 from pyro_invman.tasks.learning import schedule_for, train_network
 from pyro_invman.tasks.memory import Memory
 from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.tasks.prior import GaussianProcessPrior
-from pyro_invman.tasks.rows import TaskRows, by_task, conditions_of, first_known, of_one_task
+from pyro_invman.tasks.rows import TaskRows, by_task, conditions_of, first_known
 from pyro_invman.tasks.sources import Sources, apart
-from pyro_invman.tasks.typicality import p_value, widened
+from pyro_invman.tasks.typicality import p_value
 from pyro_invman.training import Schedule
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
 
@@ -338,32 +339,21 @@ class ProcessManifold(PyroModule):
         """
         if method not in inference.METHODS:
             raise DataError(f"method: found {method!r}, expected one of {inference.METHODS}")
-        own, other, source = (None, None, []) if rows is None else apart(rows, self.reference_source)
-        natural, stated = of_one_task(own, conditions or {}, self.variables)
-        everything = torch.cat([stated.unsqueeze(0), natural])
-        errors = self._errors(everything, torch.zeros(len(everything), dtype=torch.long))
-        everything = everything.masked_fill(errors > 0.5, math.nan)
-        working = self.standardization(everything).to(self.network.flow.dtype)
-        with torch.no_grad():
-            before = self._before(working)
-            if source:
-                seen = self.standardization(of_one_task(other, conditions or {}, self.variables)[0]).to(working)
-                before = self.sources.inform(self.network, seen, source, before, working[1:])
-            before, inflation = widened(self.network, working[1:], before)
-        found = inference.infer(self.network, working[1:], before, method, num_particles, seed)
+        known = evidence_of(self, rows, conditions)
+        found = inference.infer(self.network, known.working, known.before, method, num_particles, seed)
         return TaskPosterior(
             self.network,
             self.standardization,
             self.variables,
-            everything[1:],
-            first_known(everything, self.task_conditions, self.variables),
+            known.rows,
+            first_known(torch.cat([known.stated.unsqueeze(0), known.rows]), self.task_conditions, self.variables),
             found.latent,
             found.particles,
             found.log_weights,
             method,
             found.k_hat,
-            inflation,
-            errors[1:].masked_fill(natural.isnan(), math.nan),
+            known.inflation,
+            known.errors,
         )
 
     def _before(self, working: Tensor) -> Belief:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,20 +94,24 @@ class Sources(nn.Module):
         start = before.precision.double().unsqueeze(0), before.shift.double().unsqueeze(0)
         precision, shift = start
         for name in dict.fromkeys(source):
-            of = torch.tensor([s == name for s in source])
-            seen, law, answers = _read(network, rows[of])
-            task = torch.zeros(int(of.sum()), dtype=torch.long)
-            if name in self.names:
-                j = self.names.index(name)
-                found = self.bias[j], self.bias_scale[j], self.log_gain[j], self.log_noise[j]
-            else:
-                after = self._after(network, own, torch.zeros(len(own), dtype=torch.long), start)
-                _, _, log_gain, log_noise = _fitted(law, answers, seen, task, after)
-                prior = torch.full_like(log_gain, _BIAS[0]), torch.full_like(log_gain, _BIAS[1])
-                found = *prior, log_gain, log_noise
-            told = _message(law, answers, seen, found)
-            precision, shift = precision + told[0], shift + told[1]
+            told = self.heard(network, rows[[n for n, s in enumerate(source) if s == name]], name, before, own)
+            precision, shift = precision + told.of_latent()[0], shift + told.of_latent()[1]
         return Belief(precision[0].to(before.precision), shift[0].to(before.shift))
+
+    def heard(self, network: ManifoldNetwork, rows: Tensor, name: str, before: Belief, own: Tensor) -> Heard:
+        """What working rows (K, D) by the source `name` say; the other arguments are as in `inform`."""
+        seen, law, answers = _read(network, rows)
+        if name in self.names:
+            j = self.names.index(name)
+            found = self.bias[j], self.bias_scale[j], self.log_gain[j], self.log_noise[j]
+        else:
+            start = before.precision.double().unsqueeze(0), before.shift.double().unsqueeze(0)
+            after = self._after(network, own, torch.zeros(len(own), dtype=torch.long), start)
+            task = torch.zeros(len(rows), dtype=torch.long)
+            _, _, log_gain, log_noise = _fitted(law, answers, seen, task, after)
+            prior = torch.full_like(log_gain, _BIAS[0]), torch.full_like(log_gain, _BIAS[1])
+            found = *prior, log_gain, log_noise
+        return _heard(law, answers, seen, found)
 
 
 def apart(ds: xr.Dataset, reference: str | None) -> tuple[xr.Dataset, xr.Dataset, list[str]]:
@@ -145,8 +149,30 @@ def _with_bias(law: NormalRows) -> NormalRows:
     return law._replace(directions=torch.cat([law.directions, eye.expand(len(law.mean), -1, -1)], -1))
 
 
-def _message(law: NormalRows, answers: Tensor, seen: Tensor, instrument: Instrument) -> tuple[Tensor, Tensor]:
-    """Precision (1, L, L) and precision times mean (1, L) that rows of one task add, biases integrated out."""
+class Heard(NamedTuple):
+    """Rows of one task by one `instrument`: `precision` (1, L + M, L + M) and precision times mean, `shift`
+    (1, L + M), that they add to the latent and to the bias less its mean, the prior of the bias included."""
+
+    instrument: Instrument
+    precision: Tensor
+    shift: Tensor
+
+    def of_latent(self) -> tuple[Tensor, Tensor]:
+        """Precision (1, L, L) and precision times mean (1, L) that they add to the latent, biases integrated out."""
+        number = self.shift.shape[-1] - len(self.instrument[0])
+        slope, offset, _ = self.bias_given_latent()
+        across = self.precision[:, :number, number:]
+        told = self.precision[:, :number, :number] + across @ slope
+        return told, self.shift[:, :number] - (across @ offset.unsqueeze(-1)).squeeze(-1)
+
+    def bias_given_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The bias less its mean as a normal about slope (M, L) times latent plus offset (M,), covariance (M, M)."""
+        number = self.shift.shape[-1] - len(self.instrument[0])
+        spread = torch.linalg.inv(self.precision[0, number:, number:])
+        return -spread @ self.precision[0, number:, :number], spread @ self.shift[0, number:], spread
+
+
+def _heard(law: NormalRows, answers: Tensor, seen: Tensor, instrument: Instrument) -> Heard:
     bias, scale, log_gain, log_noise = instrument
     number = law.directions.shape[-1]
     shown = law.through(bias.expand_as(answers), log_gain.exp().expand_as(answers), log_noise.exp().expand_as(answers))
@@ -155,11 +181,7 @@ def _message(law: NormalRows, answers: Tensor, seen: Tensor, instrument: Instrum
     start = precision.unsqueeze(0), torch.zeros(1, number + len(bias), dtype=bias.dtype)
     task = torch.zeros(len(answers), dtype=torch.long)
     _, _, both, shift = wide.weighed(torch.where(seen, answers - wide.mean, 0.0), seen, task, start)
-    across, among = both[:, :number, number:], both[:, number:, number:]
-    gone = torch.linalg.solve(among, torch.cat([across.mT, shift[:, number:].unsqueeze(-1)], -1))
-    return both[:, :number, :number] - across @ gone[..., :-1], shift[:, :number] - (across @ gone[..., -1:]).squeeze(
-        -1
-    )
+    return Heard(instrument, both, shift)
 
 
 def _fitted(law: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, before: tuple[Tensor, Tensor]) -> Instrument:

@@ -58,7 +58,7 @@ def widened(network: ManifoldNetwork, rows: Tensor, before: Belief) -> tuple[Bel
             f"the task is like none that was learned (its latent lies {math.sqrt(moved):.1f} prior standard "
             f"deviations out); predictions are widened, ask typicality(rows) for a p-value",
             UnfamiliarTask,
-            stacklevel=3,
+            stacklevel=4,
         )
         before = Belief(before.precision / inflation, before.shift / inflation)
     return before, inflation
