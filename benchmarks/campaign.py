@@ -341,8 +341,10 @@ def needed(at: Sequence[float], curve: Sequence[float], goal: float) -> float:
 
 
 def _spread(cell: Cell) -> np.ndarray:
-    spread: np.ndarray = np.std(np.array([found["truth"] for found in cell.values()]), 0)
-    return np.where(spread > 0, spread, 1.0)
+    """Standard deviations (2,): of the absorptivities over tasks, and that of the law of beam offsets, since few tasks
+    have but a few machines."""
+    absorptivity = float(np.std([found["truth"][0] for found in cell.values()]))
+    return np.array([absorptivity or 1.0, melt_pool.BEAM_OFFSET_UM / math.sqrt(3)])
 
 
 def _error_by_rows(cell: Cell, way: str) -> np.ndarray:
@@ -371,7 +373,7 @@ def melt_pool_table(cell: Cell) -> str:
             rows = [needed(SHOWN, curves[way][part].tolist(), goal) for way in ways[:-1]]
             lines.append(f"| {k} | " + " | ".join([*errors, *map(_number, rows)]) + " |")
         lines.append("")
-    return "\n".join([*lines, f"{len(cell)} fresh tasks; errors in standard deviations of the truths over tasks."])
+    return "\n".join([*lines, f"{len(cell)} fresh tasks; errors in standard deviations of the truths."])
 
 
 def _number(value: float) -> str:
