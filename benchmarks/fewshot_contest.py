@@ -34,6 +34,7 @@ from benchmarks.fewshot_data import (
     load,
     paired,
     records,
+    with_simulated_source,
 )
 from benchmarks.fewshot_peers import PEERS, Peer, Table, gaussian_scores, inverse
 from pyro_invman.data import from_columns, to_tensor, variables_of
@@ -134,6 +135,34 @@ class Manifold:
         return draw_scores(rows[:, names.index(str(real.sought))].numpy(), draws.numpy(), KERNEL)
 
 
+class WithSimulation(Manifold):
+    """This package, with simulated columns as rows of a source of their own: one of the same task and settings for each
+    measured row, of new tasks known from the start, at the settings of test rows too (for the inverse, not there)."""
+
+    def __init__(self, source: str, **settings: Any) -> None:
+        super().__init__(reference_source="measured", **settings)
+        self.source = source
+
+    def fit(self, real: RealSet, fold: Fold, seed: int) -> None:
+        """Learns from the rows of the fold, and what was simulated of them."""
+        self.wide = with_simulated_source(real, source=self.source, measured="measured")
+        rows = np.flatnonzero(np.isin(self.wide.origin, fold.rows))
+        super().fit(self.wide, fold._replace(rows=rows), seed)
+
+    def _beside(self, asked: Episode) -> Episode:
+        here = self.wide.table.task == self.wide.tasks.index(asked.task)
+        cheap = np.flatnonzero(~self.wide.measured & here)
+        return asked._replace(cheap=cheap, peeking=cheap[np.isin(self.wide.origin[cheap], asked.test)])
+
+    def forward(self, real: RealSet, asked: Episode, k: int) -> Scores:
+        """Scores (M, Q) of the conditionals of each output."""
+        return super().forward(self.wide, self._beside(asked), k)
+
+    def inverse(self, real: RealSet, fold: Fold, asked: Episode, k: int) -> Scores:
+        """Scores (M,) of the conditional of the sought input."""
+        return super().inverse(self.wide, fold, self._beside(asked), k)
+
+
 def contest(
     real: RealSet, fold: Fold, name: str, method: Method, seed: int, shots: tuple[int, ...] | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -196,6 +225,8 @@ RIVALS = ("single_gp", "pooled_gp", "hierarchical_gp", "multitask_gp", "random_f
 SIMULATED = ("melt_pool", "oscillations")
 REAL = ("meltpoolnet", "mpea", "warfarin_pkpd", "crossed_barrel")
 OURS = "invman"
+SIMULATION = "rosenthal"  # the source of the simulated columns of melt pools
+OURS_BESIDE = f"{OURS}+{SIMULATION}"
 _EARLY = (1, 2, 4, 5)
 Cell = dict[str, Any]
 
@@ -203,7 +234,11 @@ Cell = dict[str, Any]
 def methods_of(fit: Cell) -> dict[str, Callable[[], Method]]:
     """Who takes part, by name; `fit` holds keywords of this package's fit."""
     peers: dict[str, Callable[[], Method]] = {name: lambda name=name: OfPeer(name) for name in RIVALS}  # type: ignore[misc]
-    return {OURS: lambda: Manifold(fit=fit)} | peers
+    ours: dict[str, Callable[[], Method]] = {
+        OURS: lambda: Manifold(fit=fit),
+        OURS_BESIDE: lambda: WithSimulation(SIMULATION, fit=fit),
+    }
+    return ours | peers
 
 
 def on_simulated(seed: int, tasks: int, fit: Cell, names: Sequence[str], cell: Cell) -> Iterator[Cell]:
@@ -223,7 +258,7 @@ def on_data(seed: int, tasks: int, fit: Cell, names: Sequence[str], cell: Cell) 
 def _all(real: RealSet, fold: Fold, fit: Cell, seed: int, names: Sequence[str], cell: Cell) -> Iterator[Cell]:
     found = cell.setdefault(real.name, {"fit_cpu_s": {}, "records": []})
     for name, make in methods_of(fit).items():
-        if name not in names or name in found["fit_cpu_s"]:
+        if name not in names or name in found["fit_cpu_s"] or (name == OURS_BESIDE and not real.simulated):
             continue
         first, *scored = contest(real, fold, name, make(), seed)
         means = by_task(scored).reset_index().drop(columns="set")
