@@ -301,3 +301,23 @@ def test_unknown_kinds_are_refused():
     for wrong in ({"head": "histogram"}, {"backbone": "rnn"}):
         with pytest.raises((ValueError, DataError), match=next(iter(wrong.values()))):
             AnyOrderFlow(layout((0, 0)), **wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_a_stretched_head_is_wider_about_its_middle_and_integrates_to_one(head):
+    flow = flow_of(layout((0, 0)), head=head)
+    row, seen, grid = torch.tensor([0.4, 0.0]), torch.tensor([True, False]), torch.linspace(-40, 40, 8001)
+
+    def moments() -> tuple[Tensor, Tensor, Tensor]:
+        density = flow.log_prob(row, seen, [1], grid.unsqueeze(-1)).exp()
+        mass, mean = torch.trapezoid(density, grid), torch.trapezoid(density * grid, grid)
+        return mass, mean, torch.trapezoid(density * (grid - mean).square(), grid).sqrt()
+
+    plain = moments()
+    flow.stretch[1] = 1.7
+    mass, mean, deviation = moments()
+    torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-5, rtol=0)
+    torch.testing.assert_close(deviation, 1.7 * plain[2], atol=1e-3, rtol=1e-3)
+    if head == "mixture":
+        torch.testing.assert_close(mean, plain[1], atol=1e-4, rtol=0)

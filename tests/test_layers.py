@@ -19,6 +19,7 @@ FLOORS = [
         "density.gaussian",
         "density.queries",
         "density.hyperparameters",
+        "density.mixed_model",
         "density.normal_rows",
         "density.joint_normal",
     ],

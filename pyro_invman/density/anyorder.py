@@ -57,6 +57,7 @@ class AnyOrderFlow(nn.Module):
     categorical: Tensor
     num_levels: Tensor
     slot: Tensor
+    stretch: Tensor
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class AnyOrderFlow(nn.Module):
         }
         for name, entries in fixed.items():
             self.register_buffer(name, entries, persistent=False)
+        self.register_buffer("stretch", torch.ones(self.dim))
         self.backbone: nn.Module = (
             MaskedMLP(self.context, width, trunk_blocks, group_width, dropout)
             if backbone == "mlp"
@@ -147,14 +149,20 @@ class AnyOrderFlow(nn.Module):
             logits = self.out_levels(hidden) + likely.clamp(0.01, 1.0).log()
         return Parameters(self.out(hidden), mean, scale, logits)
 
-    def cell(self, raw: Tensor, m: Tensor, s: Tensor, targets: Tensor) -> Mixture | Spline:
-        """The heads of continuous targets, in working coordinates: shaped around the base's mean and scale."""
+    def cell(
+        self, raw: Tensor, m: Tensor, s: Tensor, targets: Tensor, stretch: Tensor | None = None
+    ) -> Mixture | Spline:
+        """The heads of continuous targets, in working coordinates: shaped around the base's mean and scale, and then
+        stretched about their middle by the factors of their columns, unless others (...,) are handed."""
+        stretch = self.stretch[targets] if stretch is None else stretch
         bounds = (self.lower[targets], self.upper[targets]) if self.bounded else (None, None)
         if self.kind == "spline":
             widths, heights, slopes = raw.split([self.components, self.components, self.components + 1], -1)
-            return Spline(widths, heights, slopes, m, s, *bounds)
+            return Spline(widths, heights, slopes, m, s * stretch, *bounds)
         logits, loc, log_scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
         scale = self.min_scale + log_scale.clamp(-12.0, 2.0).exp()
+        middle = (logits.softmax(-1) * loc).sum(-1, keepdim=True)
+        loc, scale = middle + stretch.unsqueeze(-1) * (loc - middle), stretch.unsqueeze(-1) * scale
         loc, scale = m.unsqueeze(-1) + s.unsqueeze(-1) * loc, s.unsqueeze(-1) * scale
         if bounds[0] is None or bounds[1] is None:
             return Mixture(logits, loc, scale)

@@ -27,25 +27,30 @@ def kernel(a: Tensor, b: Tensor) -> Tensor:
     return (-0.5 * squares.clamp_min(0.0)).exp()
 
 
-def _some_tasks(task: Tensor, most: int, each: int, generator: torch.Generator) -> Tensor:
-    """Rows of whole tasks (at most `each` of one), about `most` in all."""
-    found = [task.new_empty(0)]
-    names = task.unique()
-    for t in names[torch.randperm(len(names), generator=generator)]:
-        rows = (task == t).nonzero()[:, 0]
-        found.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
-        if sum(map(len, found)) >= most:
-            break
-    return torch.cat(found)[:most]
+def _evenly(task: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """At most `most` rows, as evenly from all tasks (N,) as their rows allow: what is constant within a task is told
+    apart by the number of tasks alone."""
+    order = torch.randperm(len(task), generator=generator)
+    shuffled, by_task = task[order].sort(stable=True)
+    first = torch.searchsorted(shuffled, shuffled)
+    turn = torch.arange(len(task)) - first
+    return order[by_task[turn.argsort(stable=True)]][:most]
 
 
 def hyperparameters(
-    x: Tensor, varying: Tensor, y: Tensor, seen: Tensor, task: Tensor, seed: int, most: int = 500
+    x: Tensor,
+    varying: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    task: Tensor,
+    seed: int,
+    near: Hyperparameters | None = None,
 ) -> Hyperparameters:
-    """The mode of one observation's marginal likelihood on some whole tasks, under wide priors, from three starts."""
+    """The mode of one observation's marginal likelihood under wide priors: on 500 rows of all tasks from three starts,
+    or, if it is known to be `near`, on 800 from there."""
     generator = torch.Generator().manual_seed(seed)
     rows = seen.nonzero()[:, 0]
-    rows = rows[_some_tasks(task[rows], most, 20, generator)]
+    rows = rows[_evenly(task[rows], 500 if near is None else 800, generator)]
     x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
     own = x[:, varying]
     inputs, owned = x.shape[1], own.shape[1]
@@ -76,6 +81,12 @@ def hyperparameters(
         assert theta.grad is not None
         return value + prior.detach(), theta.grad
 
+    def found_from(start: Tensor, steps: int) -> Hyperparameters:
+        shared, length, variances = _minimise(negative, start, steps)[1].clamp(-9.0, 6.0).split(sizes)
+        return Hyperparameters(shared, length, variances.exp())
+
+    if near is not None:
+        return found_from(torch.cat([near.shared, near.own, near.variances.log()]), 40)
     start = about.clone()
     start[:inputs] -= 1.0
     start[inputs : inputs + owned] -= 0.5
@@ -84,9 +95,7 @@ def hyperparameters(
     rapid[inputs : inputs + owned] -= 1.5
     apart[-4:] += torch.tensor([-1.0, 1.2, 1.2, 0.0], dtype=_FLOAT)
     tried = [_minimise(negative, begin, 12) for begin in (start, rapid, apart)]
-    _, found = _minimise(negative, min(tried, key=lambda one: one[0])[1], 50)
-    shared, length, variances = found.clamp(-9.0, 6.0).split(sizes)
-    return Hyperparameters(shared, length, variances.exp())
+    return found_from(min(tried, key=lambda one: one[0])[1], 50)
 
 
 def _minimise(negative, start: Tensor, steps: int) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]

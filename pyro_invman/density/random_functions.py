@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invman.density.gaussian import GaussianBase
-from pyro_invman.density.hyperparameters import JITTER, hyperparameters, kernel
+from pyro_invman.density.hyperparameters import JITTER, Hyperparameters, hyperparameters, kernel
+from pyro_invman.density.mixed_model import MixedModel
 from pyro_invman.density.random_effects import Measurements
 
 _FLOAT = torch.float64
@@ -102,6 +104,21 @@ class RandomFunctions(nn.Module):
             kind = torch.bool if name in ("optional", "varying") else _FLOAT
             self.register_buffer(name, torch.zeros(sizes[name], dtype=kind))
         self.residuals = GaussianBase(sizes["offset"][0])
+        self.apart: list[tuple[Tensor, Tensor]] = []  # not kept: weights and explained without each group of tasks
+
+    @contextmanager
+    def without(self, group: int) -> Iterator[None]:
+        """Inside, the shared function is known from the tasks of other groups alone: to their own group's tasks it is
+        what it will be to new ones. Nothing changes where no groups were named in fitting."""
+        if not self.apart:
+            yield
+            return
+        kept = self.weights, self.explained
+        self.weights, self.explained = self.apart[group]
+        try:
+            yield
+        finally:
+            self.weights, self.explained = kept
 
     def sizes(self) -> dict[str, list[int]]:
         """The shapes of all that is learned, from which an empty one is built."""
@@ -114,6 +131,11 @@ class RandomFunctions(nn.Module):
             if name not in ("optional", "varying"):
                 setattr(self, name, self.get_buffer(name).to(_FLOAT))
         return self
+
+    def hyperparameters(self) -> list[Hyperparameters]:
+        """Of each observation."""
+        shared, own = self.shared_rate.log().neg(), self.own_rate.log().neg()
+        return [Hyperparameters(*parts) for parts in zip(shared, own, self.variances, strict=True)]
 
     @property
     def num_observations(self) -> int:
@@ -201,6 +223,7 @@ class RandomFunctions(nn.Module):
         seed: int = 0,
         like: RandomFunctions | None = None,
         optional: Tensor | None = None,
+        group: Tensor | None = None,
     ) -> RandomFunctions:
         """Fits settings (N, S) and observations (N, M) with NaN, of tasks (N,) numbered from 0.
 
@@ -209,8 +232,9 @@ class RandomFunctions(nn.Module):
             inducing, own_inducing: numbers of inducing rows of the shared and the task functions, at most.
             iterations: rounds of expectation–maximisation.
             seed: of the choice of tasks that length scales and variances are found on.
-            like: take length scales and variances from here.
+            like: length scales and variances are sought near these.
             optional: settings (S,) that may be missing, beside those that are missing here.
+            group: of each task (T,), from 0: `without` shows the shared function as learned without one of them.
         """
         known = ~settings.isnan()
         optional = ~known.all(0) if optional is None else optional | ~known.all(0)
@@ -222,13 +246,11 @@ class RandomFunctions(nn.Module):
         seen = ~answers.isnan()
         offset = answers.to(_FLOAT).nan_to_num(0.0).sum(0) / seen.sum(0).clamp_min(1)
         y = torch.where(seen, answers.to(_FLOAT) - offset, 0.0)
-        if like is None:
-            each = [hyperparameters(x, varying, y[:, q], seen[:, q], task, seed) for q in range(y.shape[1])]
-            rates = torch.stack([h.shared for h in each]).neg().exp()
-            own_rates = torch.stack([h.own for h in each]).neg().exp()
-            variances = torch.stack([h.variances for h in each])
-        else:
-            rates, own_rates, variances = like.shared_rate, like.own_rate, like.variances
+        near = [None] * y.shape[1] if like is None else like.hyperparameters()
+        each = [hyperparameters(x, varying, y[:, q], seen[:, q], task, seed, start) for q, start in enumerate(near)]
+        rates = torch.stack([h.shared for h in each]).neg().exp()
+        own_rates = torch.stack([h.own for h in each]).neg().exp()
+        variances = torch.stack([h.variances for h in each])
         places, whiten = _inducing(x, rates, inducing)
         own_places, own_whiten = _inducing(x[:, varying], own_rates, own_inducing)
         shared, lost = _features(x * rates.unsqueeze(1), places, whiten)
@@ -237,10 +259,16 @@ class RandomFunctions(nn.Module):
         shared = variances[:, 0, None, None].sqrt() * shared
         ones = variances[:, 2, None, None].sqrt().expand(-1, len(x), 1)
         own = torch.cat([ones, variances[:, 1, None, None].sqrt() * own], -1)
-        em = _Mixed(shared, own, y, seen, task, noise, strength)
+        em = MixedModel(shared, own, y, seen, task, noise, strength)
         for _ in range(iterations):
             em.step()
         loading, rest = em.directions(latent_dim)
+
+        def shared_function(tasks: Tensor) -> tuple[Tensor, Tensor]:
+            about = em.known_from(tasks)
+            return variances[:, :1].sqrt() * (about.weights.unsqueeze(-2) @ whiten).squeeze(-2), about.explained(whiten)
+
+        weights, explained = shared_function(torch.ones(em.tasks, dtype=torch.bool))
         found = {
             "optional": optional,
             "varying": varying,
@@ -252,8 +280,8 @@ class RandomFunctions(nn.Module):
             "inducing": places,
             "own_inducing": own_places,
             "own_whiten": own_whiten,
-            "weights": variances[:, :1].sqrt() * (em.weights.unsqueeze(-2) @ whiten).squeeze(-2),
-            "explained": em.explained(whiten),
+            "weights": weights,
+            "explained": explained,
             "loading": loading,
             "rest": rest,
         }
@@ -261,142 +289,12 @@ class RandomFunctions(nn.Module):
         for name, value in found.items():
             made.get_buffer(name).copy_(value)
         made.residuals.covariance.copy_(em.correlation())
+        if group is not None:
+            made.apart = [shared_function(group != g) for g in range(int(group.max()) + 1)]
         return made
 
 
 _NAMES = tuple(name for name in RandomFunctions.__annotations__)
-
-
-class _Reduced(NamedTuple):
-    """A task's cells with its functions integrated out: :math:`R w` predicts `answers` (r,) of unit noise from the
-    shared weights w, `shared` R (r, M I). `own` P (r, M F) leads back: the functions' mean is
-    :math:`P^T (\\text{answers} - R w)`."""
-
-    shared: Tensor
-    answers: Tensor
-    own: Tensor
-
-
-class _Mixed:
-    """The linear mixed model of given features: shared (M, N, I) and own (M, N, F), answers (N, M) where seen, and
-    variances (M, N) of what else is in them.
-
-    A task with fewer cells than it has features is worked out in its cells, any other in its features.
-    """
-
-    def __init__(
-        self, shared: Tensor, own: Tensor, y: Tensor, seen: Tensor, task: Tensor, noise: Tensor, strength: float
-    ) -> None:
-        order = task.argsort()
-        self.task, self.tasks, self.strength = task[order], int(task.max()) + 1, strength
-        self.scale, self.seen = noise[:, order].sqrt(), seen[order].mT
-        weight = (self.seen / self.scale).unsqueeze(-1)
-        self.shared, self.own, self.y = shared[:, order] * weight, own[:, order] * weight, y[order].mT * weight[..., 0]
-        ends = torch.bincount(task, minlength=self.tasks).cumsum(0).tolist()
-        self.rows = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self.width = self.own.shape[0] * self.own.shape[2]
-        self.in_cells = [int(self.seen[:, rows].sum()) < self.width for rows in self.rows]
-        whole = torch.tensor([not few for few in self.in_cells])[self.task] & self.seen
-        self.total = _block_diagonal((self.shared * whole.unsqueeze(-1)).mT @ self.shared)
-        self.shared_y = (self.shared.mT @ (self.y * whole).unsqueeze(-1)).flatten()
-        self.among = torch.stack([self.own[:, rows].mT @ self.own[:, rows] for rows in self.rows])
-        self.covariance = torch.eye(self.width, dtype=_FLOAT)
-
-    def _cells(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Shared (C, M I) and own features (C, M F), and answers (C,), of the cells seen in a task."""
-        rows, found = self.rows[t], []
-        for q, seen in enumerate(self.seen[:, rows]):
-            wide = [
-                nn.functional.pad(part[q, rows][seen], (q * part.shape[2], (len(part) - 1 - q) * part.shape[2]))
-                for part in (self.shared, self.own)
-            ]
-            found.append((*wide, self.y[q, rows][seen]))
-        shared, own, y = (torch.cat(part) for part in zip(*found, strict=True))
-        return shared, own, y
-
-    def _reduced(self, t: int, prior: Tensor) -> _Reduced:
-        if self.in_cells[t]:
-            shared, own, y = self._cells(t)
-            left = own @ self.covariance
-            factor = torch.linalg.cholesky(left @ own.mT + torch.eye(len(y), dtype=_FLOAT))
-            sides = torch.cat([shared, y.unsqueeze(-1), left], -1)
-        else:
-            rows = self.rows[t]
-            own, y = self.own[:, rows], self.y[:, rows, None]
-            across, own_y = _block_diagonal(own.mT @ self.shared[:, rows]), (own.mT @ y).flatten()
-            factor = torch.linalg.cholesky(prior + _block_diagonal(self.among[t]))
-            sides = torch.cat([across, own_y.unsqueeze(-1), torch.eye(self.width, dtype=_FLOAT)], -1)
-        white = torch.linalg.solve_triangular(factor, sides, upper=False)
-        shared, y, own = white.split([len(self.total), 1, self.width], -1)
-        return _Reduced(shared, y.squeeze(-1), own)
-
-    def step(self) -> None:
-        """One round of expectation–maximisation; weights of the shared functions are integrated out."""
-        prior = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance))
-        parts = [self._reduced(t, prior) for t in range(self.tasks)]
-        sign = torch.cat([torch.full((len(p.answers),), 1.0 if few else -1.0) for p, few in self._each(parts)])
-        shared, answers = torch.cat([p.shared for p in parts]), torch.cat([p.answers for p in parts])
-        signed = shared * sign.to(_FLOAT).unsqueeze(-1)
-        eye = torch.eye(len(self.total), dtype=_FLOAT)
-        self.factor = torch.linalg.cholesky(self.total + eye + signed.mT @ shared)
-        right = self.shared_y + signed.mT @ answers
-        weights = torch.cholesky_solve(right.unsqueeze(-1), self.factor).squeeze(-1)
-        self.weights = weights.reshape(len(self.shared), -1)
-        off, lean = answers - shared @ weights, torch.linalg.solve_triangular(self.factor, shared.mT, upper=False)
-        sizes = [len(p.answers) for p in parts]
-        moments, functions = torch.zeros_like(self.covariance), []
-        for (p, few), left, leant in zip(self._each(parts), off.split(sizes), lean.split(sizes, -1), strict=True):
-            functions.append(p.own.mT @ left)
-            spread = leant.mT @ leant  # of the cells, as the shared weights are not known
-            spread.diagonal().add_(-1.0 if few else 1.0)
-            moments += p.own.mT @ spread @ p.own
-            if few:
-                moments += self.covariance
-        self.functions = torch.stack(functions)
-        moments += self.functions.mT @ self.functions
-        self.covariance = (self.strength * torch.eye(self.width, dtype=_FLOAT) + moments) / (self.strength + self.tasks)
-
-    def _each(self, parts: list[_Reduced]) -> Iterator[tuple[_Reduced, bool]]:
-        return zip(parts, self.in_cells, strict=True)
-
-    def explained(self, whiten: Tensor) -> Tensor:
-        """A factor (M, I, R) of the share of each shared function's variance that is known, of kernels to the inducing
-        rows; directions of which next to nothing is known are left out."""
-        width = self.shared.shape[-1]
-        inverse = torch.cholesky_inverse(self.factor)
-        eye = torch.eye(width, dtype=_FLOAT)
-        blocks = [inverse[q * width : (q + 1) * width, q * width : (q + 1) * width] for q in range(len(self.shared))]
-        size, turn = torch.linalg.eigh(eye - torch.stack(blocks))
-        kept = int((size > 1e-3).any(0).sum())
-        return whiten.mT @ (turn * size.clamp_min(0.0).sqrt().unsqueeze(-2))[..., -max(kept, 1) :]
-
-    def directions(self, latent_dim: int) -> tuple[Tensor, Tensor]:
-        """Loadings (M, F, L) of the directions that move observations most, and a factor (M, F, F) of the others."""
-        factor = torch.linalg.cholesky(self.covariance)
-        _, turn = torch.linalg.eigh(factor.mT @ _block_diagonal(self.among.sum(0)) @ factor)
-        turned = (factor @ turn).flip(-1)
-        if latent_dim > turned.shape[-1]:
-            turned = nn.functional.pad(turned, (0, latent_dim - turned.shape[-1]))
-        turned = turned.reshape(len(self.own), -1, turned.shape[-1])
-        rest = turned[..., latent_dim:]
-        size, turn = torch.linalg.eigh(rest @ rest.mT)
-        return turned[..., :latent_dim], turn * size.clamp_min(0.0).sqrt().unsqueeze(-2)
-
-    def correlation(self) -> Tensor:
-        """Of the residuals of different observations of a row (M, M), shrunk where few rows show both."""
-        functions = self.functions.reshape(self.tasks, len(self.own), -1)
-        left = self.y - (self.shared @ self.weights.unsqueeze(-1)).squeeze(-1)
-        left = left - torch.einsum("mnf,nmf->mn", self.own, functions[self.task])
-        together = self.seen.to(_FLOAT) @ self.seen.to(_FLOAT).mT
-        found = left @ left.mT / (together + 1e-9)
-        size = found.diagonal().clamp_min(1e-9).sqrt()
-        found = found / (size.unsqueeze(-1) * size) * together / (together + 20.0)
-        return torch.where(torch.eye(len(found), dtype=torch.bool), 1.0, 0.95 * found)
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """(M, A, B) to (M A, M B)."""
-    return torch.block_diag(*blocks)
 
 
 def _varies(x: Tensor, task: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def marginal(network: ManifoldNetwork, column: int) -> Mixture:
     apart[0], apart[-1] = knots[1] - knots[0], knots[-1] - knots[-2]
     scale = apart.maximum(_NARROWEST * knots.std()).clamp_min(torch.finfo(knots.dtype).eps)
     flow = network.flow
-    return Mixture(torch.zeros_like(knots), knots, scale, flow.lower[column], flow.upper[column])
+    ends = (flow.lower[column], flow.upper[column]) if flow.bounded else (None, None)
+    return Mixture(torch.zeros_like(knots), knots, scale, *ends)
 
 
 @torch.no_grad()

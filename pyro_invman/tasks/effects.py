@@ -3,6 +3,7 @@ r"""The closed-form process under a manifold: linear, or bent where tasks held o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from pyro_invman.density.random_functions import Anchor, RandomFunctions
 from pyro_invman.density.remainder import MOST, Remainder, drawn
 
 _FEWEST_TASKS = 8
+_MARGIN = 0.1  # nats a task by which functions that bend must describe tasks better
+_ROUNDS = 3  # of expectation–maximisation, to tell whether functions bend
+HELD_OUT = 0  # the group of tasks that are not learned from, but stop the learning
 
 
 class TaskEffects(nn.Module):
@@ -44,23 +48,31 @@ class TaskEffects(nn.Module):
         return len(self.answers)
 
     @torch.no_grad()
-    def fit(self, cells: Tensor, task: Tensor, bend: bool = True, seed: int = 0) -> None:
-        """Fits rows (N, E) with NaN of tasks (N,).
+    def fit(self, cells: Tensor, task: Tensor, bend: bool = True, seed: int = 0, group: Tensor | None = None) -> None:
+        """Fits rows (N, E) with NaN of tasks (N,), each of a `group` (T,): what bends is fitted to all and can leave
+        one out (`without`), what is linear never sees those of group 0, which are held out.
 
         With functions if they may `bend` and, learned from three quarters of the tasks, describe the others better than
-        what is linear does.
+        what is linear does, by more than a tenth of a nat a task.
         """
         tasks = int(task.max()) + 1
         self.functions = None
         if bend and tasks >= _FEWEST_TASKS and len(self.settings):
-            self.functions = self._functions(cells, task, tasks, seed)
+            self.functions = self._functions(cells, task, tasks, seed, group)
         if self.functions is None:
-            self.effects.fit(cells, task)
+            learned = torch.ones_like(task, dtype=torch.bool) if group is None else group[task] != HELD_OUT
+            self.effects.fit(cells[learned], task[learned].unique(return_inverse=True)[1])
         else:
             believed = self._measured(self.functions, cells).posterior(task, tasks)
             self.effects.fit(cells, task, believed)
 
-    def _functions(self, cells: Tensor, task: Tensor, tasks: int, seed: int) -> RandomFunctions | None:
+    def without(self, group: int | None) -> AbstractContextManager[None]:
+        """Inside, functions of settings are known from the tasks of other groups alone."""
+        return nullcontext() if self.functions is None or group is None else self.functions.without(group)
+
+    def _functions(
+        self, cells: Tensor, task: Tensor, tasks: int, seed: int, group: Tensor | None
+    ) -> RandomFunctions | None:
         order = torch.randperm(tasks, generator=torch.Generator().manual_seed(seed))
         apart = (order[: max(2, tasks // 4)] == task.unsqueeze(-1)).any(-1)
         learned = task[~apart].unique(return_inverse=True)[1]
@@ -71,8 +83,22 @@ class TaskEffects(nn.Module):
         linear = RandomEffects(self._is_setting(), self.latent_dim)
         linear.fit(cells[~apart], learned)
         alone = linear.measurements(rows.nan_to_num(0.0), ~rows.isnan())
-        gain = self._measured(bent, rows).log_evidence(of, tasks) - alone.log_evidence(of, tasks)
-        return self._fitted(cells, task, seed, optional, bent) if float(gain.sum()) > 0 else None
+        number = int(of.max()) + 1 if len(of) else 0
+        gain = torch.stack([self._evidence(bent, rows[of == t]) for t in range(number)])
+        gain = gain - alone.log_evidence(of, number)
+        better = number > 0 and float(gain.mean()) > _MARGIN
+        return self._fitted(cells, task, seed, optional, bent, group) if better else None
+
+    def _evidence(self, functions: RandomFunctions, rows: Tensor) -> Tensor:
+        """Log-density () of the observations of one task's rows (K, E), in blocks of 512, given their settings."""
+        total = rows.new_zeros((), dtype=torch.float64)
+        for part in rows.split(MOST):
+            known, filled = ~part.isnan(), part.nan_to_num(0.0)
+            settings, answers = (..., self.settings), (..., self.answers)
+            told = functions, filled[settings], known[settings], filled[answers], known[answers]
+            measured = functions.measurements(Remainder(*told).sequence(), filled[answers], known[answers])
+            total = total + measured.log_evidence(torch.zeros(len(part), dtype=torch.long), 1).sum()
+        return total
 
     def _is_setting(self) -> list[bool]:
         mask = torch.zeros(len(self.settings) + len(self.answers), dtype=torch.bool)
@@ -80,7 +106,13 @@ class TaskEffects(nn.Module):
         return mask.tolist()
 
     def _fitted(
-        self, cells: Tensor, task: Tensor, seed: int, optional: Tensor, like: RandomFunctions | None = None
+        self,
+        cells: Tensor,
+        task: Tensor,
+        seed: int,
+        optional: Tensor,
+        like: RandomFunctions | None = None,
+        group: Tensor | None = None,
     ) -> RandomFunctions:
         return RandomFunctions.fitted(
             cells[:, self.settings],
@@ -90,6 +122,8 @@ class TaskEffects(nn.Module):
             seed=seed,
             like=like,
             optional=optional,
+            group=group,
+            iterations=_ROUNDS if like is None else 8,
         )
 
     def _measured(self, functions: RandomFunctions, cells: Tensor) -> Measurements:

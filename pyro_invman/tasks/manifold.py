@@ -21,10 +21,11 @@ from pyro_invman.results import history_dataset, inference_tree, outlier_dataset
 from pyro_invman.tables import suggest
 from pyro_invman.tasks import generative, inference, keeping
 from pyro_invman.tasks.contamination import Contamination
+from pyro_invman.tasks.effects import HELD_OUT
 from pyro_invman.tasks.encoder import Belief
 from pyro_invman.tasks.evidence import evidence_of
 from pyro_invman.tasks.fingerprint import Fingerprint, Likeness, corrected, nearest, similarity
-from pyro_invman.tasks.learning import schedule_for, train_network
+from pyro_invman.tasks.learning import groups_of, schedule_for, train_network
 from pyro_invman.tasks.memory import Memory
 from pyro_invman.tasks.network import Aims, ManifoldNetwork
 from pyro_invman.tasks.posterior import TaskPosterior
@@ -136,26 +137,26 @@ class ProcessManifold(PyroModule):
             own = torch.tensor([name == self.reference_source for name in labels_of(ds, "source") or []])
             self.sources.fit(self.network, rows[~own], task[~own], source, rows[own], task[own])
 
-    def _learn_scales(self, values: Tensor, task: Tensor) -> None:
+    def _learn_scales(self, values: Tensor, task: Tensor, group: Tensor | None = None) -> None:
         values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
         if self.contamination is None:
-            self._stand_on(values, task)
+            self._stand_on(values, task, group)
             return
         working = Standardization.fit(self.variables, values)(values)
         wrong, level = self.contamination.fit(self.network, working, task, self.seed)
         for _ in range(2):
-            self._stand_on(values.masked_fill(wrong > level, math.nan), task)
+            self._stand_on(values.masked_fill(wrong > level, math.nan), task, group)
             self.contamination.learn(self.network, self.standardization(values), wrong)
             if self.network.base.functions is None:
                 break
             wrong = self._errors(values, task)  # by functions that bend, where lines have told so far
 
-    def _stand_on(self, values: Tensor, task: Tensor) -> None:
+    def _stand_on(self, values: Tensor, task: Tensor, group: Tensor | None) -> None:
         self.standardization.load_state_dict(Standardization.fit(self.variables, values).state_dict())
         self._take_bounds()
         working = self.standardization(values)
         # with a Gaussian process over conditions these act through the latent, not through functions of the settings
-        self.network.fit_base(working, task, self.task_prior == "normal", self.seed)
+        self.network.fit_base(working, task, self.task_prior == "normal", self.seed, group)
         self.task_conditions = tuple(
             v.name
             for v, constant in zip(self.variables, self.network.constant.tolist(), strict=True)
@@ -222,14 +223,14 @@ class ProcessManifold(PyroModule):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(names), generator=generator)
         held_out = max(1, round(validation * len(names)))
-        inside = (order[held_out:] == task.unsqueeze(-1)).any(-1)
+        group = groups_of(order, held_out)
         self.network = self._untrained()  # a fit starts anew
-        self._learn_scales(values[inside], task[inside].unique(return_inverse=True)[1])
+        self._learn_scales(values, task, group)
         self._learn_sources(ds)
         level = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
         values = self._heard(values, task, level)
         data = self._task_rows(values, task, seed)
-        plan = schedule or schedule_for(len(names) - held_out, int(inside.sum()))
+        plan = schedule or schedule_for(len(names) - held_out, int((group[task] > HELD_OUT).sum()))
         settings = [seed, validation, plan, queries, aims, keeping.built_with(self), names, task.tolist()]
         history = train_network(
             self.network,
@@ -240,6 +241,7 @@ class ProcessManifold(PyroModule):
             aims or Aims(),
             plan,
             seed,
+            group,
             max_seconds=max_seconds,
             progress=progress,
             checkpoint=checkpoint,

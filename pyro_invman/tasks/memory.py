@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_invman.tasks.effects import HELD_OUT
 from pyro_invman.tasks.network import ManifoldNetwork
 from pyro_invman.tasks.rows import TaskRows
 from pyro_invman.tasks.typicality import p_value
@@ -55,7 +56,8 @@ class Memory:
         found = []
         for t in held_out[:_CHECKED].tolist():
             some = rows[t, : 1 + t % _ROWS]
-            found.append(p_value(network, some, network.before(data.conditions[t]), generator, _SIMULATIONS))
+            with network.base.without(HELD_OUT):
+                found.append(p_value(network, some, network.before(data.conditions[t]), generator, _SIMULATIONS))
         return cls(
             tuple(names),
             rows[real],

@@ -85,15 +85,17 @@ class ManifoldNetwork(nn.Module):
         return self.flow.context  # type: ignore[return-value]
 
     @torch.no_grad()
-    def fit_base(self, values: Tensor, task: Tensor, bend: bool = True, seed: int = 0) -> None:
-        """Fits the closed-form process, linear unless it may `bend`, to working rows (N, D) of tasks (N,), and stands
-        the flow on it."""
+    def fit_base(
+        self, values: Tensor, task: Tensor, bend: bool = True, seed: int = 0, group: Tensor | None = None
+    ) -> None:
+        """Fits the closed-form process, linear unless it may `bend`, to working rows (N, D) of tasks (N,), each of a
+        `group` (T,), and stands the flow on it."""
         context = self.context
         self.constant.copy_(constant_columns(values, task))
         self.learn_links(values)
         cells, known = context.row_cells(values)
         # functions of settings that some observation was never measured with would carry a link over to it
-        self.base.fit(torch.where(known, cells, math.nan), task, bend and self.flow.links is None, seed)
+        self.base.fit(torch.where(known, cells, math.nan), task, bend and self.flow.links is None, seed, group)
         if self.flow.links is not None:
             owner = context.owner[: cells.shape[-1]]
             own = owner.unsqueeze(-1) == owner
