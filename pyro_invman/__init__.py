@@ -1,7 +1,9 @@
 """Inverse problems that recur: one joint density over incomplete rows, every conditional of it a Pyro distribution."""
 
 from pyro_invman import design, diagnostics, simulators
+from pyro_invman.completion import Completion
 from pyro_invman.data import from_columns, read, validate
+from pyro_invman.declared import Simulator
 from pyro_invman.density.coupling import Coupling
 from pyro_invman.density.queries import QueryMix
 from pyro_invman.density.velocity import Solver
@@ -19,6 +21,7 @@ from pyro_invman.variables import DataError, Variable, Variables
 
 __version__ = "0.1.0"
 __all__ = [
+    "Completion",
     "ConditionalFlow",
     "ConditionalTransport",
     "Coupling",
@@ -28,6 +31,7 @@ __all__ = [
     "ProcessManifold",
     "QueryMix",
     "Schedule",
+    "Simulator",
     "SmallPopulation",
     "Solver",
     "TaskPosterior",

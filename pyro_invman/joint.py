@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_invman import storage
+from pyro_invman.completion import Completion
 from pyro_invman.data import from_tensor, to_tensor, validate, variables_of
+from pyro_invman.declared import Row, Simulator
 from pyro_invman.density.anyorder import AnyOrderFlow
 from pyro_invman.density.context import Layout
 from pyro_invman.density.links import alike
-from pyro_invman.density.queries import QueryMix, query_loss
+from pyro_invman.density.queries import QueryMix
 from pyro_invman.distributions import ConditionalFlow, stack_given
 from pyro_invman.identification import warn_of_unlinked
 from pyro_invman.information import MutualInformation, mutual_information
+from pyro_invman.learning import Lesson, Run, learn
 from pyro_invman.results import history_dataset
-from pyro_invman.training import Schedule, train
-from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
+from pyro_invman.training import Schedule
+from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables, unrounded
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -74,6 +76,7 @@ class JointFlow(PyroModule):
         self.standardization = Standardization(variables)
         self.register_buffer("links", torch.zeros(len(variables), len(variables), dtype=torch.long))
         self.seed = seed
+        self.simulated: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self.density = self._untrained()
         self.register_buffer("_roles", torch.tensor([ROLES.index(v.role) for v in variables]), persistent=False)
 
@@ -109,7 +112,8 @@ class JointFlow(PyroModule):
         flow._learn_scales(values)
         return flow
 
-    def _learn_links(self, values: Tensor) -> None:
+    def _learn_links(self, values: Tensor, simulator: Simulator | None = None) -> None:
+        self.simulated = None if simulator is None else (tuple(simulator.given), tuple(simulator.targets))
         observed = (~values.isnan()).long()
         self.links.copy_(observed.T @ observed)
         self._take_links()
@@ -119,7 +123,12 @@ class JointFlow(PyroModule):
         links = self.links
         for g in range(len(self.exchangeable)):
             links = alike(links, self.density.context.columns_of(g))
-        self.density.link(links > 0)
+        linked = links > 0
+        if self.simulated is not None:  # what is simulated together is linked as if it had been measured together
+            given, targets = (self.variables.indices(names) for names in self.simulated)
+            for column in targets:
+                linked[column, [*given, *targets]] = linked[[*given, *targets], column] = True
+        self.density.link(linked)
 
     def _learn_scales(self, values: Tensor) -> None:
         values = unrounded(values, self.variables, torch.Generator().manual_seed(self.seed))
@@ -148,13 +157,22 @@ class JointFlow(PyroModule):
         queries: QueryMix | None = None,
         schedule: Schedule | None = None,
         validation: float = 0.1,
+        completion: Completion | bool | None = None,
+        mechanism: Callable[[Row], Any] | None = None,
+        simulator: Simulator | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> xr.Dataset:
         r"""Learns the density from the rows of `ds`; returns the history over ``step``.
 
         Minimises :math:`-\log p(t \mid g)` averaged over targets and givens drawn among the *observed* cells of each
-        row, which is right when cells are missing completely at random. A second fit starts anew.
+        row, which is right when cells are missing completely at random. Where a test finds that the mask depends on
+        observed values, or something is declared, missing cells are then drawn from the flow and the completed rows
+        learned from, in rounds (:mod:`pyro_invman.completion`); the history says what was found and done. A second fit
+        starts anew.
+
+        That cells which go missing by their *own* value do so in a certain way can be declared, but not tested: no
+        recorded cell speaks of those that were not.
 
         Arguments:
             seed: of the split, the batches and the queries: the same seed gives the same weights.
@@ -163,48 +181,43 @@ class JointFlow(PyroModule):
             queries: shares of the kinds of query.
             schedule: learning rate, steps, patience.
             validation: share of rows held out for early stopping (at least one row).
+            completion: how, or whether, missing cells are drawn and learned from. None: where the mask depends on
+                observed values, some variables are linked only through others, or something is declared.
+            mechanism: a Pyro function of a row (names to tensors (B,) in natural units) with a Bernoulli site for each
+                variable that may go unrecorded by its value, named like it, 1 where it is recorded.
+            simulator: the known law of some variables given others.
             checkpoint: a file that keeps the state of the run; with `resume` a run that was interrupted goes on from
                 it and ends as if undisturbed.
 
         Raises:
-            DataError: the rows do not fit the variables, or the checkpoint belongs to another run.
+            DataError: the rows do not fit the variables, the checkpoint belongs to another run, or what is declared
+                does not fit the variables or the rows.
         """
         values = to_tensor(validate(ds), self.variables)
-        queries = queries or QueryMix()
-        schedule = schedule or Schedule()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(values), generator=generator)
         held_out = max(1, round(validation * len(values)))
         if len(values) - held_out < 2:
             raise DataError(f"fit: {len(values)} rows; at least 3 are needed to learn from some and hold one out")
         order = _held_out_first(order, held_out, ~values.isnan())
-        self._learn_links(values)
+        self._learn_links(values, simulator)
         training_rows, validation_rows = values[order[held_out:]], values[order[:held_out]]
         self.density.load_state_dict(self._untrained().state_dict())  # a fit starts anew
         self._learn_scales(training_rows)
-        dtype = self.density.dtype
-        working = self.standardization(training_rows).to(dtype)
-        checked = self.standardization(unrounded(validation_rows, self.variables, generator)).to(dtype)
-        rounded = any(v.resolution > 0 for v in self.variables)
-
-        def loss(module: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-            order = self._shuffle(len(rows), generator)
-            batch = working[rows]
-            if rounded:
-                batch = self.standardization(unrounded(training_rows[rows], self.variables, generator)).to(dtype)
-            return query_loss(module, batch.gather(1, order), queries, self._roles, generator)
-
-        # the same held-out questions at every evaluation, several a row where rows are few
-        repeats = max(1, min(16, 2000 // held_out))
-        checked = checked.repeat(repeats, 1)
-
-        def validate_module(module: nn.Module) -> float:
-            generator = torch.Generator().manual_seed(seed + 1)
-            return query_loss(module, checked, queries, self._roles, generator).item()
-
+        lesson = Lesson(
+            training_rows,
+            validation_rows,
+            self._roles,
+            self._shuffle,
+            queries or QueryMix(),
+            schedule or Schedule(),
+            completion,
+            mechanism,
+            simulator,
+        )
         settings = {
-            "queries": queries,
-            "schedule": schedule,
+            "asked": [lesson.queries, lesson.schedule, completion],
+            "declared": [getattr(mechanism, "__qualname__", None), self.simulated],
             "validation": validation,
             "seed": seed,
             "architecture": self.architecture,
@@ -212,21 +225,9 @@ class JointFlow(PyroModule):
         }
         digest = hashlib.sha256(json.dumps(settings, default=str).encode())
         digest.update(values.numpy().tobytes())
-        history = train(
-            self.density,
-            loss,
-            validate_module,
-            len(working),
-            schedule,
-            seed=seed + 2,
-            max_seconds=max_seconds,
-            progress=progress,
-            checkpoint=checkpoint,
-            resume=resume,
-            fingerprint=digest.hexdigest(),
-        )
-        attrs = {"rows": len(working), "held_out_rows": held_out}
-        return history_dataset(history, attrs, (self.variables, self.links))
+        run = Run(seed, max_seconds, progress, checkpoint, resume, digest.hexdigest())
+        records, phases, attrs = learn(self.density, self.standardization, self.variables, lesson, run)
+        return history_dataset(records, attrs, (self.variables, self.links), phases)
 
     def _shuffle(self, rows: int, generator: torch.Generator) -> Tensor:
         """Columns (rows, D) with the members of each exchangeable group in random order, row by row."""
@@ -357,6 +358,7 @@ class JointFlow(PyroModule):
             "exchangeable": [[list(m) for m in group] for group in self.exchangeable],
             "architecture": self.architecture,
             "seed": self.seed,
+            "simulated": self.simulated,
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -378,6 +380,9 @@ class JointFlow(PyroModule):
         flow.to(tensors["density.out.weight"].dtype)
         flow.load_state_dict(dict(tensors))
         flow._take_bounds()
+        if schema["simulated"] is not None:
+            given, targets = schema["simulated"]
+            flow.simulated = (tuple(given), tuple(targets))
         flow._take_links()
         return flow
 
@@ -397,18 +402,6 @@ def _held_out_first(order: Tensor, held_out: int, observed: Tensor) -> Tensor:
     shows = observed[order].to(torch.float32)
     needed = ((shows @ lost.to(shows)) * shows).sum(-1) > 0
     return order[needed.to(torch.uint8).argsort(stable=True)]
-
-
-def unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:
-    """Cells (..., D) drawn anew, uniformly among the values that would have been recorded as they were."""
-    half = values.new_tensor([v.resolution / 2 for v in variables])
-    least = values.new_tensor([-math.inf if v.lower is None else v.lower for v in variables])
-    most = values.new_tensor([math.inf if v.upper is None else v.upper for v in variables])
-    positive = torch.tensor([v.support == "positive" for v in variables])
-    low = (values - half).maximum(least)
-    low = torch.where(positive, low.maximum(1e-3 * values), low)
-    high = (values + half).minimum(most)
-    return low + (high - low) * torch.rand(values.shape, generator=generator, dtype=values.dtype)
 
 
 def _checked_groups(

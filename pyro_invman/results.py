@@ -21,17 +21,27 @@ _MEANING = {
 
 
 def history_dataset(
-    records: Sequence[Record], attrs: Mapping[str, Any], links: tuple[Variables, Tensor] | None = None
+    records: Sequence[Record],
+    attrs: Mapping[str, Any],
+    links: tuple[Variables, Tensor] | None = None,
+    rounds: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """The history of a fit over ``step``, with `attrs` as its attributes.
 
-    `links`: variables, and how many rows show each pair of them (D, D), which stands beside it as a coordinate.
+    Coordinates beside it: with `links` (variables, and how many rows show each pair of them, (D, D)) these; with
+    `rounds` the round of completion that each record belongs to, 0 before the first.
     """
     beside: dict[str, Any] = {}
     if links is not None:
         meaning = {"long_name": "rows that show both variables"}
         beside = {dim: list(links[0].names) for dim in ("variable", "other")}
         beside["links"] = (("variable", "other"), links[1].cpu().numpy(), meaning)
+    if rounds is not None:
+        beside["round"] = (
+            "step",
+            np.array(rounds, dtype=int),
+            {"long_name": "round of completion, 0 before the first"},
+        )
     columns = np.array(records, dtype=float).reshape(len(records), len(Record._fields)).T
     named = dict(zip(Record._fields, columns, strict=True))
     step = named.pop("step").astype(int)

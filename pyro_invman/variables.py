@@ -323,3 +323,15 @@ class Standardization(nn.Module):
         v = torch.where(log & ~missing, values.to(self.loc.dtype), 1.0)
         result = -v.log() - self.scale[columns].log()
         return torch.where(missing | self._fixed[columns], 0.0, result).to(torch.result_type(values, 1.0))
+
+
+def unrounded(values: Tensor, variables: Variables, generator: torch.Generator) -> Tensor:
+    """Cells (..., D) drawn anew, uniformly among the values that would have been recorded as they were."""
+    half = values.new_tensor([v.resolution / 2 for v in variables])
+    least = values.new_tensor([-math.inf if v.lower is None else v.lower for v in variables])
+    most = values.new_tensor([math.inf if v.upper is None else v.upper for v in variables])
+    positive = torch.tensor([v.support == "positive" for v in variables])
+    low = (values - half).maximum(least)
+    low = torch.where(positive, low.maximum(1e-3 * values), low)
+    high = (values + half).minimum(most)
+    return low + (high - low) * torch.rand(values.shape, generator=generator, dtype=values.dtype)

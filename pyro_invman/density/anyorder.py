@@ -123,6 +123,10 @@ class AnyOrderFlow(nn.Module):
         """Fits the Gaussian base and the normal scores to working rows (N, D) with NaN."""
         self.context.fit(values, None if self.links is None else self.links.linked)
 
+    def refit_base(self, values: Tensor) -> None:
+        """Fits the Gaussian base alone; what the network reads keeps its meaning."""
+        self.context.fit_base(values, None if self.links is None else self.links.linked)
+
     def visible(self, known: Tensor, target: Tensor) -> Tensor:
         """Which of the `known` cells (..., D) the `target` column (...) depends on, (..., D)."""
         return known if self.links is None else self.links.visible(known, target)
@@ -303,3 +307,33 @@ class AnyOrderFlow(nn.Module):
             here = torch.arange(self.dim, device=given.device) == target
             row, seen = torch.where(here, value.unsqueeze(-1), row), seen | here
         return torch.stack(drawn, -1) if drawn else given.new_zeros(*shape, 0)
+
+    @torch.no_grad()
+    def complete(self, rows: Tensor, generator: torch.Generator | None = None, at_once: int = 8192) -> Tensor:
+        """Rows (N, D) whose NaN cells are drawn from p(missing | observed), each row along its own chain.
+
+        The chain is that of the columns, or where not all are linked one in which each cell is drawn after those that
+        separate it from the rest.
+        """
+        return torch.cat([self._completed(part, generator) for part in rows.split(at_once)]) if len(rows) else rows
+
+    def _completed(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        known, filled = ~rows.isnan(), rows.nan_to_num(0.0)
+        order = known.logical_not().to(torch.uint8).argsort(stable=True)
+        if self.links is not None:
+            order = self.links.order(known)
+        told = known.sum(-1)
+        for k in range(int((self.dim - told).max())):
+            active = (told + k < self.dim).nonzero()[:, 0]
+            target = order[active].gather(1, (told[active] + k).unsqueeze(-1))  # (n, 1)
+            seen = self.visible(known[active], target.squeeze(-1))
+            raw, mean, scale, logits = self.parameters_of(filled[active], seen, target)
+            value = self.cell(raw, mean, scale, target).sample(generator)
+            if logits is not None:
+                mass = self._log_mass(logits, target).exp().cumsum(-1)
+                code = (mass < torch.rand(value.shape, generator=generator).to(mass).unsqueeze(-1)).sum(-1)
+                code = code.minimum((self.num_levels[target] - 1).clamp_min(0))
+                value = torch.where(self.categorical[target], code.to(value), value)
+            filled[active.unsqueeze(-1), target] = value
+            known[active.unsqueeze(-1), target] = True
+        return filled

@@ -107,17 +107,21 @@ class Context(nn.Module):
         indicator = torch.where(spread.isnan(), spread, (spread == self.level).to(values))
         return torch.where(self.categorical[self.owner], indicator, spread)
 
-    @torch.no_grad()
     def fit(self, values: Tensor, linked: Tensor | None = None) -> None:
         """Fits the base and the normal scores to working rows (N, D) with NaN; pairs that are not `linked` (D, D) are
         independent given the others."""
+        self.fit_base(values, linked)
+        self.fit_scores(values)
+
+    @torch.no_grad()
+    def fit_base(self, values: Tensor, linked: Tensor | None = None) -> None:
+        """Fits the base alone."""
         self.base.fit(self.cells(values))
         for g in range(len(self.member_sizes)):
             self.base.exchange(self.first[self.columns_of(g)])
         if linked is not None:
             own = self.owner.unsqueeze(-1) == self.owner
             self.base.separate(linked[self.owner][:, self.owner] | own)
-        self.fit_scores(values)
 
     @torch.no_grad()
     def fit_scores(self, values: Tensor) -> None:

@@ -33,6 +33,14 @@ class Links(nn.Module):
         diagonal = torch.eye(len(linked), dtype=torch.bool, device=linked.device)
         self.register_buffer("linked", linked & ~diagonal, persistent=False)
 
+    @property
+    def chained(self) -> bool:
+        """Whether some columns are linked through others alone."""
+        reached = self.linked | torch.eye(len(self.linked), dtype=torch.bool, device=self.linked.device)
+        for _ in range(len(self.linked)):
+            reached = reached | (reached.float() @ self.linked.float() > 0)
+        return bool((reached & ~self.linked).sum() > len(self.linked))
+
     def visible(self, known: Tensor, target: Tensor) -> Tensor:
         """Which of the `known` cells (..., D) a `target` column (...) depends on, (..., D).
 

@@ -16,7 +16,6 @@ from pyro_invman import storage
 from pyro_invman.data import labels_of, to_tensor, validate, variables_of
 from pyro_invman.density.context import Layout
 from pyro_invman.density.queries import QueryMix
-from pyro_invman.joint import unrounded
 from pyro_invman.results import history_dataset, inference_tree, outlier_dataset
 from pyro_invman.tables import suggest
 from pyro_invman.tasks import generative, inference, keeping
@@ -34,7 +33,7 @@ from pyro_invman.tasks.rows import TaskRows, by_task, conditions_of, first_known
 from pyro_invman.tasks.sources import Sources, apart
 from pyro_invman.tasks.typicality import p_value
 from pyro_invman.training import Schedule
-from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables
+from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables, unrounded
 
 if TYPE_CHECKING:
     import xarray as xr

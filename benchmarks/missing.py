@@ -1,0 +1,386 @@
+r"""What is learned from rows that hide cells: ``python -m benchmarks.missing``.
+
+Parts, chosen with ``--parts``:
+
+* `unlinked`: 10⁴ rows with x alone and 10⁴ with y alone, y bent in x. Mutual information that the flow reports of them
+  (bar 0.02 nats), the same with a condition in every row that both depend on (given it: bar 0.02; not given it, beside
+  the truth under independence given it), and of a manifold given the latent.
+* `bivariate`: a normal pair with correlation 0.8, the second missing by the first. Intercept, slope and standard
+  deviation of each given the other (bar: 0.03 from the truth), mean divergence over drawn givens (bar 0.02 nats a
+  dimension), with `completion=False` and by default.
+* `six`: the same for a linear-Gaussian process of 6 variables, five of them missing by the first, over all 186
+  conditionals of one variable given some others; 40,000 rows, since with 20,000 the largest error of the Gaussian of
+  greatest likelihood is already above the bar.
+* `by_own_value`: y is recorded with probability Φ(1 − 2 y); without and with that mechanism declared.
+* `simulator`: 50 pairs, 10⁴ rows with x alone and 10⁴ with y alone; p(y | x) declared as a Pyro function, or as draws
+  alone. Gain in held-out log-density over a flow fitted to the 50 pairs (bar 0.05 nats).
+
+Coefficients are in standard scores: the least-squares line through the mean of the learned conditional over givens
+drawn from the process, and the standard deviation about it. Fits take 3,000 steps, and 1,000 in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import pyro_invman as pim
+from benchmarks.sbi import ROOT, machine, versions
+from pyro_invman.simulators.linear_gaussian import LinearGaussian
+
+NAN = math.nan
+ROWS, ROWS_OF_SIX, MANY, PAIRS = 20_000, 40_000, 10_000, 50
+COEFFICIENT_BAR, KL_BAR, INFORMATION_BAR, GAIN_BAR = 0.03, 0.02, 0.02, 0.05
+SCHEDULE = pim.Schedule(steps=3000)
+PAIR = {"x1": "parameter", "x2": "observation"}
+
+
+def fitted(ds: Any, seed: int, **settings: Any) -> tuple[pim.JointFlow, dict[str, Any]]:
+    """A flow fitted to `ds`, and what its history says."""
+    flow = pim.JointFlow.from_dataset(ds, seed=seed)
+    began = time.process_time()
+    history = flow.fit(ds, seed=seed, progress=False, schedule=SCHEDULE, **settings)
+    said = {name: history.attrs[name] for name in ("completion", "missing_by") if name in history.attrs}
+    said |= {"rounds": int(history["round"].max()), "fit_cpu_s": time.process_time() - began}
+    if "effective_proposals" in history.attrs:
+        said["effective_proposals"] = history.attrs["effective_proposals"][-1]
+        said["smallest_effective_proposals"] = history.attrs["smallest_effective_proposals"][-1]
+    return flow, said
+
+
+# ------------------------------------------------------------------------------------------------ unlinked
+def unlinked(seed: int) -> dict[str, Any]:
+    """Mutual information of variables that no row shows together."""
+    generator = torch.Generator().manual_seed(seed)
+    x, c, noise = torch.randn(3, 2 * MANY, generator=generator, dtype=torch.float64)
+    first = torch.arange(2 * MANY) < MANY
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pim.UnidentifiedConditional)
+        for label, cause in (("nothing", x), ("a condition", 0.6 * x + 0.8 * c)):
+            columns = {"x": cause.where(first, NAN), "y": (2 * cause + 0.3 * noise).where(~first, NAN)}
+            roles = {"x": "parameter", "y": "observation"}
+            if label == "a condition":
+                columns, roles = columns | {"c": c}, roles | {"c": "condition"}
+            flow, said = fitted(pim.from_columns(columns, roles=roles), seed)
+            case = {"information": flow.mutual_information("x", "y")._asdict()} | said
+            if "c" in columns:
+                case["given it"] = flow.mutual_information("x", "y", given="c")._asdict()
+                # corr(x, c) = 0.8, corr(y, c) = 1.6 / sqrt(4.09): of x and y, their product
+                case["truth"] = -0.5 * math.log(1 - (0.8 * 1.6 / math.sqrt(4.09)) ** 2)
+            found[label] = case
+        found["manifold"] = of_a_manifold(seed)
+    return found
+
+
+def of_a_manifold(seed: int) -> dict[str, float]:
+    """Mutual information of x and y given the latent of a task, no row showing both."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    tasks, rows = 60, 40
+    task = torch.arange(tasks * rows) // rows
+    z = torch.randn(tasks, generator=generator, dtype=torch.float64)[task]
+    x, noise = torch.randn(2, tasks * rows, generator=generator, dtype=torch.float64)
+    first = torch.arange(tasks * rows) % 2 == 0
+    columns = {
+        "x": x.where(first, NAN),
+        "y": (x + z + 0.3 * noise).where(~first, NAN),
+        "w": (z + x.square() + 0.3 * noise).where(first, NAN),
+    }
+    ds = pim.from_columns(
+        columns,
+        roles={"x": "parameter", "y": "observation", "w": "observation"},
+        task=[f"task {t}" for t in task.tolist()],
+    )
+    manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=1, seed=seed)
+    manifold.fit(ds, seed=seed, progress=False, max_seconds=60)
+    latent = torch.randn(2000, 1, generator=generator)
+    row = torch.full((2000, 3), NAN, dtype=torch.float64)
+    arguments = (manifold.network.flow, manifold.standardization, manifold.variables, ["y"])
+    with torch.no_grad():
+        told = row.clone()
+        told[:, manifold.variables.index("x")] = torch.randn(2000, generator=generator, dtype=torch.float64)
+        informed, alone = (pim.ConditionalFlow(*arguments, r, latent) for r in (told, row))
+        value = informed.sample()
+        gain = (informed.log_prob(value) - alone.log_prob(value)).double()
+    return {"value": float(gain.mean()), "std_error": float(gain.std() / len(gain) ** 0.5)}
+
+
+# ------------------------------------------------------------------------------------------------ coefficients
+def line(mean: Tensor, variance: Tensor, given: Tensor) -> Tensor:
+    """Intercept, slopes (G,) and standard deviation of a conditional with moments (N,) at givens (N, G)."""
+    design = torch.cat([torch.ones(len(given), 1, dtype=torch.float64), given], -1)
+    coefficients = torch.linalg.lstsq(design, mean.unsqueeze(-1)).solution[:, 0]
+    left = (mean - design @ coefficients).square().mean() + variance.mean()
+    return torch.cat([coefficients, left.sqrt().unsqueeze(0)])
+
+
+def compare(process: LinearGaussian, flow: pim.JointFlow, seed: int, givens: int = 2000) -> dict[str, Any]:
+    """Largest and mean error of the coefficients of every conditional of one variable, and divergences."""
+    generator = torch.Generator().manual_seed(seed)
+    names, dim = process.variables.names, len(process.variables)
+    noise = torch.randn(givens, dim, generator=generator, dtype=torch.float64)
+    rows = process.mean + noise @ torch.linalg.cholesky(process.covariance).mT
+    size = process.covariance.diagonal().sqrt()
+    scores = (rows - process.mean) / size
+    correlation = process.covariance / torch.outer(size, size)
+    working = flow.standardization(rows).to(flow.density.dtype)
+    errors, divergences, each = [], [], {}
+    for target in range(dim):
+        others = [j for j in range(dim) if j != target]
+        for number in range(1, dim):
+            for known in itertools.combinations(others, number):
+                mask = torch.zeros(dim, dtype=torch.bool)
+                mask[list(known)] = True
+                with torch.no_grad():
+                    head: Any = flow.density.head_of(working, mask, target)
+                    share = head.log_weights.exp().double()
+                    loc, scale = head.loc.double(), head.scale.double()
+                    middle = (share * loc).sum(-1)
+                    spread = (share * (scale.square() + loc.square())).sum(-1) - middle.square()
+                    middle = flow.standardization.inverse(_at(middle, target, dim))[:, target] - process.mean[target]
+                    unit = flow.standardization.scale[target] / size[target]
+                    name, told = (
+                        process.variables.names[target],
+                        {process.variables.names[j]: rows[:, j] for j in known},
+                    )
+                    asked = flow.conditional([name], told)
+                    exact = process.conditional([name], told)
+                    some = exact.sample((8,))
+                    divergences.append(float((exact.log_prob(some) - asked.log_prob(some)).mean()))
+                found = line(middle / size[target], spread * unit**2, scores[:, list(known)])
+                slopes = torch.linalg.solve(correlation[list(known)][:, list(known)], correlation[list(known), target])
+                sd = (1 - slopes @ correlation[list(known), target]).sqrt()
+                truth = torch.cat([torch.zeros(1, dtype=torch.float64), slopes, sd.unsqueeze(0)])
+                errors.append(float((found - truth).abs().max()))
+                if dim == 2:
+                    each[f"{name} given {names[known[0]]}"] = found.tolist()
+    return {
+        "largest_error": max(errors),
+        "mean_error": sum(errors) / len(errors),
+        "within": sum(e <= COEFFICIENT_BAR for e in errors) / len(errors),
+        "kl": sum(divergences) / len(divergences),
+        "largest_kl": max(divergences),
+    } | ({"coefficients": each} if each else {})
+
+
+def _at(column: Tensor, target: int, dim: int) -> Tensor:
+    row = torch.zeros(len(column), dim, dtype=torch.float64)
+    row[:, target] = column
+    return row
+
+
+def pair() -> LinearGaussian:
+    """A normal pair with correlation 0.8."""
+    variables = pim.Variables([pim.Variable(name, role) for name, role in PAIR.items()])
+    return LinearGaussian(variables, torch.zeros(2), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+
+
+def at_random(process: LinearGaussian, rows: int, seed: int) -> dict[str, Any]:
+    """The split alone, the default, and the Gaussian of greatest likelihood, which is the best there is."""
+    ds = process.sample(rows, seed, missing=0.5, mechanism="at_random")
+    found = {"Gaussian of greatest likelihood": compare(process, pim.JointFlow.from_dataset(ds, seed=seed), seed)}
+    for label, completion in (("observed cells alone", False), ("default", None)):
+        flow, said = fitted(ds, seed, completion=completion)
+        found[label] = compare(process, flow, seed) | said
+    return found
+
+
+def by_own_value(seed: int) -> dict[str, Any]:
+    """High values go unrecorded."""
+    process = pair()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+    rows = noise @ torch.linalg.cholesky(process.covariance).mT
+    hidden = torch.rand(ROWS, generator=generator, dtype=torch.float64) > torch.special.ndtr(1 - 2 * rows[:, 1])
+    ds = pim.from_columns({"x1": rows[:, 0], "x2": rows[:, 1].where(~hidden, NAN)}, roles=PAIR)
+
+    def recorded(row: Mapping[str, Tensor]) -> None:
+        pyro.sample("x2", dist.Bernoulli(torch.special.ndtr(1 - 2 * row["x2"]).clamp(1e-12, 1 - 1e-12)))
+
+    found: dict[str, Any] = {"hidden": float(hidden.double().mean())}
+    for label, mechanism in (("at random", None), ("declared", recorded)):
+        flow, said = fitted(ds, seed, mechanism=mechanism)
+        found[label] = compare(process, flow, seed) | said
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ simulator
+def law(row: Mapping[str, Tensor]) -> None:
+    """p(y | x) of the example."""
+    pyro.sample("y", dist.Normal(torch.sin(2 * row["x"]) + 0.5 * row["x"], 0.3))
+
+
+def drawn(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, as draws alone."""
+    x = row["x"]
+    return {"y": torch.sin(2 * x) + 0.5 * x + 0.3 * torch.randn_like(x)}
+
+
+def simulated(seed: int) -> dict[str, Any]:
+    """Held-out log-densities with 50 pairs alone, and with unpaired rows and the law of y given x."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(number: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(number, generator=generator, dtype=torch.float64)
+        x = torch.where(torch.rand(number, generator=generator) < 0.5, 0.5 * x - 1.0, 0.4 * x + 1.2)
+        return x, torch.sin(2 * x) + 0.5 * x + 0.3 * torch.randn(number, generator=generator, dtype=torch.float64)
+
+    (x, y), (a, _), (_, b), (u, v) = rows(PAIRS), rows(MANY), rows(MANY), rows(5000)
+    none = torch.full((MANY,), NAN, dtype=torch.float64)
+    roles = {"x": "parameter", "y": "observation"}
+    pairs = pim.from_columns({"x": x, "y": y}, roles=roles)
+    everything = pim.from_columns({"x": torch.cat([x, a, none]), "y": torch.cat([y, none, b])}, roles=roles)
+    declare: Callable[[Any], pim.Simulator] = lambda f: pim.Simulator(f, given=["x"], targets=["y"])  # noqa: E731
+    found: dict[str, Any] = {}
+    for label, ds, settings in (
+        ("50 pairs alone", pairs, {}),
+        ("unpaired rows besides", everything, {}),
+        ("and the law", everything, {"simulator": declare(law)}),
+        ("and draws of the law", everything, {"simulator": declare(drawn)}),
+    ):
+        flow, said = fitted(ds, seed, **settings)
+        with torch.no_grad():
+            asked = {
+                "joint": flow.conditional(["x", "y"]).log_prob(torch.stack([u, v], -1)),
+                "x given y": flow.conditional(["x"], {"y": v}).log_prob(u.unsqueeze(-1)),
+                "y given x": flow.conditional(["y"], {"x": u}).log_prob(v.unsqueeze(-1)),
+            }
+        found[label] = {name: float(score.double().mean()) for name, score in asked.items()} | said
+    return found
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "unlinked": unlinked,
+    "bivariate": lambda seed: at_random(pair(), ROWS, seed),
+    "six": lambda seed: at_random(LinearGaussian.random(3, 3, seed=seed), ROWS_OF_SIX, seed + 1),
+    "by_own_value": by_own_value,
+    "simulator": simulated,
+}
+
+
+# ------------------------------------------------------------------------------------------------ reporting
+def missed(parts: Mapping[str, Any]) -> list[str]:
+    """What does not reach its bar."""
+    lines = []
+    if "unlinked" in parts:
+        case = parts["unlinked"]
+        for label, found in (
+            ("nothing", case["nothing"]["information"]),
+            ("given a condition", case["a condition"]["given it"]),
+            ("manifold, given the latent", case["manifold"]),
+        ):
+            if not abs(found["value"]) <= INFORMATION_BAR:
+                lines.append(f"unlinked, {label}: {found['value']:.3f} nats, bar {INFORMATION_BAR}")
+    for part, label in (("bivariate", "default"), ("six", "default"), ("by_own_value", "declared")):
+        if part in parts:
+            found = parts[part][label]
+            if not found["largest_error"] <= COEFFICIENT_BAR:
+                lines.append(f"{part}: largest error {found['largest_error']:.3f}, bar {COEFFICIENT_BAR}")
+            if not found["kl"] <= KL_BAR:
+                lines.append(f"{part}: KL {found['kl']:.4f}, bar {KL_BAR}")
+    if "simulator" in parts:
+        case = parts["simulator"]
+        for name in ("joint", "x given y", "y given x"):
+            gain = case["and the law"][name] - case["50 pairs alone"][name]
+            if not gain >= GAIN_BAR:
+                lines.append(f"simulator, {name}: gain {gain:.3f}, bar {GAIN_BAR}")
+    return lines
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    parts, lines = results["parts"], []
+    if "unlinked" in parts:
+        case = parts["unlinked"]
+
+        def nats(found: Mapping[str, float]) -> str:
+            return f"{found['value']:.4f} ± {found['std_error']:.4f}"
+
+        lines += [
+            "| x and y never measured together, linked by | information that is reported, nats | truth |",
+            "|---|---|---|",
+            f"| nothing | {nats(case['nothing']['information'])} | unknown |",
+            f"| a condition | {nats(case['a condition']['information'])} | {case['a condition']['truth']:.4f} if "
+            "independent given it |",
+            f"| a condition, given it | {nats(case['a condition']['given it'])} | unknown |",
+            f"| the task, given its latent | {nats(case['manifold'])} | unknown |",
+            "",
+        ]
+    for part, title in (
+        ("bivariate", "correlation 0.8, x2 missing by x1"),
+        ("six", "6 variables, five missing by the first"),
+        ("by_own_value", "x2 missing by its own value"),
+    ):
+        if part in parts:
+            lines += [
+                f"| {title} | largest error of a coefficient | mean of each conditional's largest | within 0.03 | KL, "
+                "nats a dimension (largest) | rounds | fit, CPU s |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for label, found in parts[part].items():
+                if isinstance(found, Mapping):
+                    spent = f"{found['rounds']} | {found['fit_cpu_s']:.0f}" if "rounds" in found else "– | –"
+                    errors = f"{found['largest_error']:.3f} | {found['mean_error']:.3f} | {found['within']:.0%}"
+                    lines.append(f"| {label} | {errors} | {found['kl']:.4f} ({found['largest_kl']:.3f}) | {spent} |")
+            lines.append("")
+            for label, found in parts[part].items():
+                for name, values in (found.get("coefficients", {}) if isinstance(found, Mapping) else {}).items():
+                    shown = " / ".join(f"{value:.3f}" for value in values)
+                    lines.append(f"{label}, {name}: {shown} (truth 0 / 0.8 / 0.6).  ")
+            lines.append("")
+    if "simulator" in parts:
+        lines += [
+            "| held-out log-density, nats | joint | x given y | y given x | effective of 32 proposals | fit, CPU s |",
+            "|---|---|---|---|---|---|",
+        ]
+        for label, found in parts["simulator"].items():
+            scores = " | ".join(f"{found[name]:.3f}" for name in ("joint", "x given y", "y given x"))
+            effective = found.get("effective_proposals", NAN)
+            shown = "–" if math.isnan(effective) else f"{effective:.1f}"
+            lines.append(f"| {label} | {scores} | {shown} | {found['fit_cpu_s']:.0f} |")
+        lines.append("")
+    where = {name: str(value) for name, value in results["versions"].items()}
+    lines.append("Measured with: " + "; ".join(f"{name} {value}" for name, value in sorted(where.items())) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts; the exit status is 1 where a bar is missed."""
+    parser = argparse.ArgumentParser("python -m benchmarks.missing", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
+    parser.add_argument("--seed", type=int, default=0, help="of rows and fits")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that the result holds already")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "missing.json")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"parts": {}}
+    if arguments.resume and arguments.out.exists():
+        results = json.loads(arguments.out.read_text())
+    results |= {"seed": arguments.seed, "versions": versions("invman"), "machine": machine()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in arguments.parts:
+        results["parts"][part] = PARTS[part](arguments.seed)
+        results["missed"] = missed(results["parts"])
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(results))
+    print(table(results))
+    for found in results["missed"]:
+        print(f"missed: {found}", file=sys.stderr)
+    return 1 if results["missed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
