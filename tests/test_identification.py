@@ -158,3 +158,21 @@ def test_given_the_task_unlinked_variables_of_a_manifold_are_independent():
     x, y, w = (manifold.variables.index(name) for name in "xyw")
     assert abs(torch.linalg.inv(effects.covariance)[x, y]) < 1e-8
     assert abs(torch.linalg.inv(effects.covariance)[x, w]) > 0.1
+
+
+def test_observations_that_no_row_shows_together_leave_functions_their_bends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 4 * torch.rand(400, generator=generator) - 2
+    level = torch.randn(20, generator=generator).repeat_interleave(20)
+    y = torch.stack([torch.sin(2 * x) + level, torch.cos(2 * x) - level])
+    y = y + 0.1 * torch.randn(y.shape, generator=generator)
+    shown = torch.rand(400, generator=generator) < 0.5  # one of the two in each row
+    ds = pim.from_columns(
+        {"x": x, "a": y[0].masked_fill(shown, math.nan), "b": y[1].masked_fill(~shown, math.nan)},
+        roles={"x": "parameter", "a": "observation", "b": "observation"},
+        task=[str(t // 20) for t in range(400)],
+    )
+    base = pim.ProcessManifold.from_dataset(ds, latent_dim=1).network.base
+    assert base.functions is not None
+    assert base.functions.residuals.covariance[0, 1] == 0
+    assert base.effects.covariance.inverse()[1, 2].abs() < 1e-8

@@ -58,7 +58,10 @@ FLOORS = [
     ["diagnostics.calibration", "diagnostics.recalibration", "diagnostics.reference"],
     ["diagnostics.predictive", "diagnostics.verdict"],
     ["design.quasi"],
-    ["design.experiment"],
+    ["design.experiment", "design.readings", "design.particles"],
+    ["design.gains"],
+    ["design.told"],
+    ["design.sequential"],
     ["cli"],
     ["__main__"],
 ]

@@ -2,5 +2,7 @@
 
 from pyro_invman.design.campaign import Campaign
 from pyro_invman.design.experiment import Draws, Experiment, Site
+from pyro_invman.design.sequential import Search, Sequential
+from pyro_invman.design.told import total_information
 
-__all__ = ["Campaign", "Draws", "Experiment", "Site"]
+__all__ = ["Campaign", "Draws", "Experiment", "Search", "Sequential", "Site", "total_information"]

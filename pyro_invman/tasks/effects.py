@@ -66,6 +66,14 @@ class TaskEffects(nn.Module):
             believed = self._measured(self.functions, cells).posterior(task, tasks)
             self.effects.fit(cells, task, believed)
 
+    @torch.no_grad()
+    def separate(self, linked: Tensor) -> None:
+        """Makes pairs of cells that are not `linked` (E, E) independent given the others and the latent, which rows
+        that show no such pair together cannot tell."""
+        self.effects.separate(linked)
+        if self.functions is not None:
+            self.functions.residuals.separate(linked[self.answers][:, self.answers])
+
     def without(self, group: int | None) -> AbstractContextManager[None]:
         """Inside, functions of settings are known from the tasks of other groups alone."""
         return nullcontext() if self.functions is None or group is None else self.functions.without(group)

@@ -95,11 +95,12 @@ class ManifoldNetwork(nn.Module):
         self.learn_links(values)
         cells, known = context.row_cells(values)
         # functions of settings that some observation was never measured with would carry a link over to it
-        self.base.fit(torch.where(known, cells, math.nan), task, bend and self.flow.links is None, seed, group)
+        answered = bool((self.links[~self.evidence][:, self.evidence] > 0).all())
+        self.base.fit(torch.where(known, cells, math.nan), task, bend and answered, seed, group)
         if self.flow.links is not None:
             owner = context.owner[: cells.shape[-1]]
             own = owner.unsqueeze(-1) == owner
-            self.base.effects.separate(self.flow.links.linked[owner][:, owner] | own)
+            self.base.separate(self.flow.links.linked[owner][:, owner] | own)
         blank = values.new_full((len(values), self.latent_dim), math.nan)
         context.fit_scores(torch.cat([values, blank], -1))
         mean, covariance = self.base.effects.joint()
