@@ -237,3 +237,21 @@ def to_record(ds: xr.Dataset) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> xr.Dataset:
     """What `to_record` gave."""
     return xr.Dataset.from_dict(dict(record))
+
+
+def gain_dataset(columns: Mapping[str, Tensor], designs: Tensor, attrs: Mapping[str, Any]) -> xr.Dataset:
+    """Numbers (C,) of C designs (C, *design_shape) over ``design``; the designs themselves stand beside them."""
+    meaning = {
+        "eig": ("expected information gain", "nat"),
+        "lower": ("one-sided 97.5 % lower limit of the gain", "nat"),
+        "upper": ("one-sided 97.5 % upper limit of the gain", "nat"),
+        "std_error": ("standard error of the gain", "nat"),
+        "non_finite": ("terms that were infinite", ""),
+    }
+    dims = ("design", *(f"design_{k}" for k in range(1, designs.dim())))
+    found = {
+        name: ("design", values.detach().cpu().numpy(), dict(zip(("long_name", "units"), meaning[name], strict=True)))
+        for name, values in columns.items()
+    }
+    where = xr.Variable(dims, designs.detach().cpu().numpy(), {"long_name": "what was asked about"})
+    return xr.Dataset(found, coords={"designs": where}, attrs=dict(attrs))

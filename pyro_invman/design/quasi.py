@@ -13,21 +13,21 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from torch.distributions.utils import clamp_probs
 from torch.quasirandom import SobolEngine
 
+_BITS = 30
 _MOST = 256  # dimensions; beyond, what a net would gain is small
 
 
 class QuasiRandom:
     r"""Draws that fill the space of a model's random numbers evenly, so that means over them vary less.
 
-    One scrambled Sobol' net a call, moved by a uniform shift of its own at each candidate,
-    :math:`u_{sc} = (v_s + \delta_c) \bmod 1`. Each number is uniform, so means are unbiased; calls are independent, and
+    One scrambled Sobol' net a call, moved by a digital shift of its own at each candidate,
+    :math:`u_{sc} = v_s \oplus \delta_c`. Each number is uniform, so means are unbiased; calls are independent, and
     the spread of their means is an honest error. A site takes its value at the quantile of its numbers where its
     distribution has quantiles (normal, multivariate normal, Bernoulli, categorical, whatever has ``icdf``); any other
     is drawn as ever.
 
     References:
         Owen, *Scrambled net variance for integrals of smooth functions*, Annals of Statistics 1997.
-        Cranley & Patterson, *Randomization of number theoretic methods for multiple integration*, SINUM 1976.
     """
 
     @contextmanager
@@ -39,7 +39,8 @@ class QuasiRandom:
             return
         seed = int(torch.randint(2**31 - 1, ()))
         net = SobolEngine(total, scramble=True, seed=seed).draw(num, dtype=torch.float64)
-        uniform = (net.unsqueeze(1) + torch.rand(candidates, total, dtype=torch.float64)).remainder(1.0)
+        bits = (net * 2.0**_BITS).long().unsqueeze(1) ^ torch.randint(2**_BITS, (candidates, total))
+        uniform = (bits + torch.rand(bits.shape, dtype=torch.float64)) * 2.0**-_BITS
         parts = dict(zip(sizes, uniform.split(list(sizes.values()), -1), strict=True))
         with _Quantiles(parts):
             yield
