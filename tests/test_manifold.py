@@ -276,7 +276,7 @@ def test_a_task_is_nearest_to_itself(manifold):
 
 
 def test_p_values_of_tasks_that_belong_and_of_one_that_does_not():
-    """Of 72 learned tasks the laws are not known well enough for this: one fresh task in seven is then called strange."""
+    """Of 72 learned tasks the laws are not known well enough: one fresh task in seven is then called strange."""
     ds = tasks(160, 12, seed=1)
     manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=2, **SMALL)
     manifold.fit(ds, progress=False, schedule=BRIEF)
