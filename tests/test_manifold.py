@@ -275,15 +275,17 @@ def test_a_task_is_nearest_to_itself(manifold):
         manifold.fingerprint("task 700")
 
 
-def test_p_values_of_tasks_that_belong_and_of_one_that_does_not():
-    """Of 72 learned tasks the laws are not known well enough: one fresh task in seven is then called strange."""
-    ds = tasks(160, 12, seed=1)
-    manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=2, **SMALL)
-    manifold.fit(ds, progress=False, schedule=BRIEF)
-    fresh = tasks(60, 6, seed=21)
+def test_p_values_of_tasks_that_belong_and_of_one_that_does_not(manifold):
+    """How often a fresh task is called strange varies with the 72 tasks that were learned: over several such fits."""
+    fresh, manifolds = tasks(60, 6, seed=21), [manifold]
+    for seed in (2, 3):
+        ds = tasks(80, 12, seed=seed)
+        manifolds.append(pim.ProcessManifold.from_dataset(ds, latent_dim=2, **SMALL))
+        manifolds[-1].fit(ds, progress=False, schedule=BRIEF)
     found = torch.tensor(
         [
-            manifold.typicality(fresh.sel(row=fresh.task == name), simulations=99)
+            each.typicality(fresh.sel(row=fresh.task == name), simulations=99)
+            for each in manifolds
             for name in sorted(set(fresh.task.values))
         ]
     )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 METHODS = ("auto", "posterior", "marginal", "marginal_likelihood", "vnmc", "contrastive", "infonce", "enumeration")
 _BATCHES = 16  # over which `num_samples` are spread
 _BATCHES_IN_TIME = 10  # into which time is cut at least
+_TRIED = 0.03  # share of the time left that a trial batch takes at least, to tell how long others will
 _FIRST_LOOK = 8  # batches before the bracket may end the search
 _MOST_NUMBERS = 2**22  # numbers a batch
 _COMPONENTS = 6  # of a proposal whose moments do not suffice
@@ -107,7 +108,8 @@ def expected_information_gain(
         guide: proposes latents under past data (see :class:`pyro_invman.design.Experiment`).
 
     Returns:
-        Over ``design``: ``eig``; ``lower`` and ``upper``, one-sided 97.5 % limits that include the error of sampling;
+        Over ``design``: ``eig``; ``lower`` and ``upper``, one-sided 97.5 % limits that include the error of sampling
+        (and, above, what outcomes too rare to have been drawn may tell: p (1 − log p) at p = log 40 / S);
         ``std_error`` of `eig`; ``non_finite``, terms that were infinite and took the estimate with them. In its
         attributes the method, and what was spent: samples, inner points, runs of the model, seconds.
 
@@ -168,6 +170,7 @@ class _Search:
         self.weighed = bool(experiment.named("past")) or experiment.guide is not None
         self.quasi = QuasiRandom() if experiment.vectorized else None
         self.runs = 0
+        self.effective = 1.0  # share of draws that past data leave, at the least
         self.tried = torch.zeros(0)  # the lower terms of the last trial
 
     def left(self) -> float:
@@ -179,6 +182,7 @@ class _Search:
         self.runs += num
         if self.weighed:
             effective = draws.log_weight.softmax(0).square().sum(0).reciprocal()
+            self.effective = min(self.effective, float(effective.min()) / num)
             if effective.min() < min(_LEAST_WEIGHED, num / 8):
                 raise DataError(
                     f"past data leave {effective.min():.1f} effective draws of {num}; pass a guide that was trained on "
@@ -369,31 +373,32 @@ class _Search:
                 continue
             if (len(found) + 1) * num > self.num_samples or took > self.left():
                 break
-            if len(found) >= _FIRST_LOOK and len(found) % 4 == 0 and self._narrow(found, estimator):
+            if len(found) >= _FIRST_LOOK and len(found) % 4 == 0 and self._narrow(found, estimator, num):
                 break
         return self._result(found, estimator, num)
 
     def _affordable(self, estimator: _Estimator, num: int) -> int:
         """Draws a batch, such that the time left is cut into enough batches."""
-        took = []
-        sizes = (32, 128) if self.experiment.vectorized else (4, 8)
-        for trial in sizes:
+        trial = 32 if self.experiment.vectorized else 4
+        while True:
             began = time.monotonic()
             estimator.batch(trial)
-            took.append(time.monotonic() - began)
-        each = max(took[1] - took[0], 0.1 * took[1]) / (sizes[1] - sizes[0])
-        affordable = sizes[1] + (max(self.left(), 0.0) / _BATCHES_IN_TIME - took[1]) / each
+            took = time.monotonic() - began
+            if took > _TRIED * self.left() or 4 * trial >= num:
+                break
+            trial *= 4
+        affordable = max(self.left(), 0.0) / _BATCHES_IN_TIME * trial / took
         return int(max(8, min(num, 2 ** int(math.log2(max(affordable, 8))))))
 
-    def _narrow(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator) -> bool:
+    def _narrow(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator, num: int) -> bool:
         if not any(estimator.sides):
             return False
-        lower, upper, eig, _ = _limits(found)
+        lower, upper, eig, _ = _limits(found, self.effective * num)
         width = upper - lower if all(estimator.sides) else 2 * (eig - lower).abs()
         return bool((width <= self.tolerance).all())
 
     def _result(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator, num: int) -> xr.Dataset:
-        lower, upper, eig, error = _limits(found)
+        lower, upper, eig, error = _limits(found, self.effective * num)
         nothing = torch.full_like(eig, torch.nan)
         columns = {
             "eig": eig,
@@ -436,15 +441,22 @@ def _worth(low: Tensor, control: Tensor | None, cost: float) -> tuple[Tensor, fl
     return slope, 2.0 ** round(math.log2(min(max(ratio, 1 / 8), 1.0)))
 
 
-def _limits(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One-sided 97.5 % limits (C,), the middle of the two sides, and its standard error, over batches."""
+def _limits(found: list[tuple[Tensor, Tensor, Tensor]], num: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One-sided 97.5 % limits (C,), the middle of the two sides, its standard error, over batches of `num` draws."""
     low, high = (torch.stack([f[k] for f in found]).double() for k in (0, 1))
     quantile = _student(len(found) - 1)
     root = math.sqrt(len(found))
     lower = low.mean(0) - quantile * low.std(0) / root
-    upper = high.mean(0) + quantile * high.std(0) / root
+    upper = high.mean(0) + quantile * high.std(0) / root + _unseen(len(found) * num)
     middle = (low + high) / 2
     return lower, upper, middle.mean(0), middle.std(0) / root
+
+
+def _unseen(draws: float) -> float:
+    """What outcomes too rare for so many draws may tell: a set of latents of probability p is missed by all with chance
+    exp(−p n), 2.5 % at p = log 40 / n, and to learn whether they are of it is worth the entropy of that."""
+    p = min(math.log(40) / draws, 0.5)
+    return p * (1 - math.log(p))
 
 
 def _student(freedom: int) -> float:

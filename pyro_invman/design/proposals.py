@@ -15,6 +15,8 @@ _DEFENSE = 1 / 16  # share of the wide component; one of 16 points of a net
 _WIDE = 2.0  # its scale, in those of the draws
 _SWEEPS = 15  # of expectation and maximisation
 _FLOOR = 1e-4  # of the variances, for each component
+_PILED = 0.01  # share of draws at an end of what is given, above which they are a component of their own
+_NONE = -60.0  # log-share of a draw that a component does not start with
 
 
 class Proposal:
@@ -57,12 +59,12 @@ class Proposal:
         # each component starts around a draw of its own
         centres = both[torch.randperm(len(both))[:components]]
         distance = ((both.unsqueeze(0) - centres.unsqueeze(1)) / spread).square().sum(-1)
-        share = (-0.5 * distance * components).log_softmax(0)
+        share = _apart(given, (-0.5 * distance * components).log_softmax(0))
         empty = targets[..., :0]
         parts: list[GaussianConditional] = []
         for _ in range(_SWEEPS):
             size = (share + log_weight).logsumexp(1).log_softmax(0)  # (K, C)
-            weights = [s + log_weight for s in share.clamp_min(-60.0)]
+            weights = [s + log_weight for s in share.clamp_min(_NONE)]
             parts = [GaussianConditional(targets, given, w, floor, squares=False) for w in weights]
             gates = [GaussianConditional(given, empty, w, floor[:, : given.shape[-1]]) for w in weights]
             self.gates = list(zip(gates, size.clamp_min(-30.0), strict=True))
@@ -87,6 +89,19 @@ class Proposal:
     def log_prob(self, targets: Tensor, given: Tensor) -> Tensor:
         """Log-density (S, C)."""
         return self.at(given).log_prob(targets)
+
+
+def _apart(given: Tensor, share: Tensor) -> Tensor:
+    """Log-shares (K, S, C) with which components start, where draws pile up at an end of a given number (S, C, G), as
+    censored outcomes do, one component for each end: beyond it, what is known of the targets jumps."""
+    for k, end in enumerate((given.amin(0), given.amax(0)) if given.shape[-1] else ()):
+        there = (given == end).any(-1)
+        piled = there.to(share).mean(0)
+        piled_here = there & (piled > _PILED) & (piled < 1 - _PILED)
+        own = torch.arange(len(share)).reshape(-1, 1, 1) == k
+        elsewhere = own & ~there & (piled > _PILED)
+        share = torch.where(piled_here, torch.where(own, 0.0, _NONE), share.masked_fill(elsewhere, _NONE))
+    return share
 
 
 class Conditioned:
