@@ -255,3 +255,47 @@ def gain_dataset(columns: Mapping[str, Tensor], designs: Tensor, attrs: Mapping[
     }
     where = xr.Variable(dims, designs.detach().cpu().numpy(), {"long_name": "what was asked about"})
     return xr.Dataset(found, coords={"designs": where}, attrs=dict(attrs))
+
+
+def optimum_dataset(
+    found: Mapping[str, float],
+    design: Tensor,
+    starts: Mapping[str, Tensor],
+    steps: Mapping[str, Tensor],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """An optimum `design` (*design_shape) with the numbers of its gain, what became of each start, and the way there.
+
+    Arguments:
+        starts: numbers (A,) or designs (A, *design_shape) over ``start``.
+        steps: numbers (K, A) or designs (K, A, *design_shape) over ``step`` and ``start``.
+    """
+    shape = [f"design_{k}" for k in range(1, design.dim() + 1)]
+    meaning = {
+        "eig": ("expected information gain", "nat"),
+        "lower": ("one-sided 97.5 % lower limit of the gain", "nat"),
+        "upper": ("one-sided 97.5 % upper limit of the gain", "nat"),
+        "std_error": ("standard error of the gain", "nat"),
+        "non_finite": ("terms of the gain that were infinite", ""),
+        "design": ("design of the highest gain", ""),
+        "began": ("where it began", ""),
+        "ended": ("where it ended", ""),
+        "ended_eig": ("expected information gain where it ended", "nat"),
+        "ended_std_error": ("standard error of the gain where it ended", "nat"),
+        "non_finite_gradients": ("steps that were not taken, for a gradient that was not finite", ""),
+        "bound": ("bound on the gain before the step, by its few draws", "nat"),
+        "path": ("design before the step", ""),
+    }
+
+    def column(dims: Sequence[str], name: str, values: Any) -> xr.Variable:
+        values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+        return xr.Variable(
+            (*dims, *shape)[: np.ndim(values)], values, dict(zip(("long_name", "units"), meaning[name], strict=True))
+        )
+
+    columns = {name: column((), name, value) for name, value in found.items()} | {
+        "design": column((), "design", design)
+    }
+    columns |= {name: column(("start",), name, values) for name, values in starts.items()}
+    columns |= {name: column(("step", "start"), name, values) for name, values in steps.items()}
+    return xr.Dataset(columns, attrs=dict(attrs))

@@ -3,6 +3,7 @@
 from pyro_invman.design.campaign import Campaign
 from pyro_invman.design.experiment import Draws, Experiment, Site
 from pyro_invman.design.gain import expected_information_gain
+from pyro_invman.design.optimum import optimize
 from pyro_invman.design.sequential import Search, Sequential
 from pyro_invman.design.told import total_information
 
@@ -14,5 +15,6 @@ __all__ = [
     "Sequential",
     "Site",
     "expected_information_gain",
+    "optimize",
     "total_information",
 ]

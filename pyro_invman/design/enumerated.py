@@ -2,6 +2,7 @@ r"""Information gain where outcomes can be counted: no draw of them is needed.""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pyro_invman.design.nested import Structure
 from pyro_invman.variables import DataError
 
 _MOST = 64  # joint values of outcomes and targets
+_LEAST = -1e6  # logarithm of a probability
 
 
 class EnumeratedGain:
@@ -72,23 +74,33 @@ class EnumeratedGain:
         """Estimates (C,) of the gain from two independent halves, whose means lie below and above."""
         tables = [self._table(half) for half in (first, second)]
         weights = [half.log_weight.double().softmax(0) for half in (first, second)]
-        means = [torch.einsum("sc,sckl->ckl", w, t.exp()) for w, t in zip(weights, tables, strict=True)]
-        y_low, y_high = _entropy(*(m.sum(-2) for m in means))
+        means = [(t + w.log()[..., None, None]).logsumexp(0) for w, t in zip(weights, tables, strict=True)]
+        y_low, y_high = _entropy(*(m.logsumexp(-2) for m in means))
         if self.counted_targets:
-            z_low, z_high = _entropy(*(m.sum(-1) for m in means))
+            z_low, z_high = _entropy(*(m.logsumexp(-1) for m in means))
             both_low, both_high = _entropy(*(m.flatten(-2) for m in means))
             return z_low + y_low - both_high, z_high + y_high - both_low
-        noise = [
-            torch.einsum("sc,sckl->c", w, torch.special.entr(t.exp())) for w, t in zip(weights, tables, strict=True)
-        ]
+        noise = [torch.einsum("sc,sckl->c", w, -_times(t, t)) for w, t in zip(weights, tables, strict=True)]
         return y_low - sum(noise) / 2, y_high - sum(noise) / 2
+
+    def at(self, experiment: Experiment) -> EnumeratedGain:
+        """The same values for an experiment at other designs."""
+        other = copy.copy(self)
+        other.experiment = experiment
+        return other
 
 
 def _entropy(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates (C,) of the entropy of a table (C, K) known by two halves, below and above."""
-    low = torch.special.entr((first + second) / 2).sum(-1)
-    high = -(torch.special.xlogy(first, second) + torch.special.xlogy(second, first)).sum(-1) / 2
+    """Estimates (C,) of the entropy of a table known by the logarithms (C, K) of two halves, below and above."""
+    both = torch.logaddexp(first, second) - math.log(2)
+    low = -_times(both, both).sum(-1)
+    high = -(_times(first, second) + _times(second, first)).sum(-1) / 2
     return low, high
+
+
+def _times(first: Tensor, second: Tensor) -> Tensor:
+    """exp(first) second, zero where the first is minus infinity; so are its derivatives."""
+    return first.exp() * second.clamp_min(_LEAST)
 
 
 def _values(experiment: Experiment, names: Sequence[str]) -> list[dict[str, Tensor]]:

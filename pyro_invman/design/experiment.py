@@ -34,6 +34,7 @@ class Site(NamedTuple):
         shape: of its value beyond (S, C).
         support: of its distribution; None where that has none.
         explicit: whether it can be scored.
+        pathwise: whether its draws are differentiable in its distribution's parameters.
         proposable: whether a proposal may stand in for its own law: a latent that is explicit and continuous.
     """
 
@@ -42,6 +43,7 @@ class Site(NamedTuple):
     support: constraints.Constraint | None
     discrete: bool
     explicit: bool
+    pathwise: bool
 
     @property
     def proposable(self) -> bool:
@@ -198,7 +200,8 @@ class Experiment:
             except (NotImplementedError, AttributeError):
                 explicit = False
         shape = torch.Size(site["value"].shape[2 if self.vectorized else 0 :])
-        return Site(role, shape, support, discrete, explicit)
+        pathwise = bool(getattr(site["fn"], "has_rsample", False)) and not discrete
+        return Site(role, shape, support, discrete, explicit, pathwise)
 
     # ------------------------------------------------------------------ asking it
     def draw(self, num: int, quasi: QuasiRandom | None = None) -> Draws:
@@ -230,6 +233,15 @@ class Experiment:
                 if site.role == "past":
                     log_weight = log_weight + log_prob[name]
         return Draws(values, log_prob, log_weight)
+
+    def scores(self, draws: Draws, names: Sequence[str]) -> Tensor:
+        """Zeros (S, C) whose gradient is the score of those sites that draws cannot be differentiated through; added to
+        the log-weights of draws, it makes the gradient of a weighted mean of them right."""
+        found = torch.zeros_like(draws.log_weight)
+        for name in names:
+            if name in draws.log_prob and not self._sites[name].pathwise:
+                found = found + draws.log_prob[name] - draws.log_prob[name].detach()
+        return found
 
     def _traces(self, num: int, given: Mapping[str, Tensor], quasi: QuasiRandom | None) -> list[Any]:
         if self.vectorized:

@@ -2,6 +2,7 @@ r"""Log-marginals of a model by nested quasi-Monte Carlo, caught between two sid
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -81,20 +82,52 @@ class Marginal:
 
     def sides(self, draws: Draws, points: int) -> tuple[Tensor, Tensor]:
         """Estimates (S, C) of log p(A, past) of draws whose means lie below it and above it."""
-        if not self.proposed:
-            below = self._weights(draws, points, None, None)
-            above = self._weights(draws, points - 1, None, None)
-            own = draws.joint(self.scored)
-        else:
+        return self.below(draws, points), self.above(draws, points)
+
+    def below(self, draws: Draws, points: int) -> Tensor:
+        """The estimate (S, C) whose mean lies below."""
+        law, rows = self._law(draws)
+        uniform = None
+        if law is not None and rows is not None:
             net = DigitalNet(points, 1 + self.rows.dim)
-            law = self.law.at(self.given(draws.values))
-            rows = self.rows(draws.values)
-            uniform = law.uniform(rows)
-            below = self._weights(draws, points, law, net.shifted(torch.rand_like(uniform)))
-            above = self._weights(draws, points - 1, law, net.shifted(uniform)[1:])
-            own = draws.joint(self.scored) - law.log_prob(rows) + self.rows.sites_of(rows)[1]
-        with_own = torch.cat([own.unsqueeze(0), above])
-        return below.logsumexp(0) - math.log(points), with_own.logsumexp(0) - math.log(points)
+            uniform = net.shifted(torch.rand(*rows.shape[:2], 1 + self.rows.dim, dtype=torch.float64))
+        return self._weights(draws, points, law, uniform).logsumexp(0) - math.log(points)
+
+    def above(self, draws: Draws, points: int) -> Tensor:
+        r"""The estimate (S, C) whose mean lies above.
+
+        Its gradient in the design is that of log p(A, past | d) along the draws, by Fisher's identity,
+        :math:`\nabla \log p(A) = E_{r \mid A} \nabla \log p(A, r)`: points are held, and known sites move.
+        """
+        law, rows = self._law(draws)
+        uniform, own = None, self._own(draws)
+        if law is not None and rows is not None:
+            uniform = DigitalNet(points, 1 + self.rows.dim).shifted(law.uniform(rows))[1:]
+            own = own - law.log_prob(rows) + self.rows.sites_of(rows)[1]
+        with_own = torch.cat([own.unsqueeze(0), self._weights(draws, points - 1, law, uniform)])
+        return with_own.logsumexp(0) - math.log(points)
+
+    def _law(self, draws: Draws) -> tuple[Conditioned | None, Tensor | None]:
+        """q given what draws know, and rows (S, C, D) of the r that came with it."""
+        if not self.proposed:
+            return None, None
+        values = {name: value.detach() for name, value in draws.values.items()}
+        return self.law.at(self.given(values)), self.rows(values)
+
+    def _own(self, draws: Draws) -> Tensor:
+        """log p(A, r, past) (S, C) of the draws themselves."""
+        if not torch.is_grad_enabled():
+            return draws.joint(self.scored)
+        names = self.experiment.named("target", "nuisance", "outcome")
+        held = {n: draws.values[n].detach() if n in self.proposed else draws.values[n] for n in names}
+        run = self.experiment.run(len(draws.log_weight), held)
+        return run.joint(self.scored) + self.experiment.scores(run, self._drawn)
+
+    @property
+    def _drawn(self) -> tuple[str, ...]:
+        """Latents that the model itself draws."""
+        latents = self.experiment.named("target", "nuisance")
+        return tuple(n for n in latents if n not in self.known and n not in self.proposed)
 
     def _weights(self, draws: Draws, points: int, law: Conditioned | None, uniform: Tensor | None) -> Tensor:
         """Log-weights (M, S, C) at points (M, S, C, D) of the unit cube."""
@@ -113,7 +146,10 @@ class Marginal:
                 given |= sites
                 density = repeated.log_prob(rows) - jacobian
             run = self.experiment.run(count * num, given)
-            parts.append((run.joint(self.scored) - density).reshape(count, num, candidates))
+            score = run.joint(self.scored) - density
+            if torch.is_grad_enabled():
+                score = score + self.experiment.scores(run, self._drawn)
+            parts.append(score.reshape(count, num, candidates))
         return torch.cat(parts)
 
 
@@ -166,3 +202,20 @@ class NestedGain:
                 low = low + (sides[0] if sign > 0 else -sides[1])
                 high = high + (sides[1] if sign > 0 else -sides[0])
         return low, high
+
+    def lower(self, draws: Draws, points: int) -> Tensor:
+        """The estimate (S, C) whose mean lies below, alone; differentiable in the designs."""
+        low = -self.outcome.above(draws, points)
+        low = low + (draws.joint(self.exact_both or ()) if self.both is None else self.both.below(draws, points))
+        return low - (draws.joint(self.exact_target or ()) if self.target is None else self.target.above(draws, points))
+
+    def at(self, experiment: Experiment) -> NestedGain:
+        """The same proposals for an experiment at other designs."""
+        other = copy.copy(self)
+        other.experiment = experiment
+        for name in ("outcome", "both", "target"):
+            marginal = copy.copy(getattr(self, name))
+            if marginal is not None:
+                marginal.experiment = experiment
+            setattr(other, name, marginal)
+        return other

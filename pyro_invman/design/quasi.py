@@ -24,11 +24,17 @@ class QuasiRandom:
     :math:`u_{sc} = v_s \oplus \delta_c`. Each number is uniform, so means are unbiased; calls are independent, and
     the spread of their means is an honest error. A site takes its value at the quantile of its numbers where its
     distribution has quantiles (normal, multivariate normal, Bernoulli, categorical, whatever has ``icdf``); any other
-    is drawn as ever.
+    is drawn as ever. A value is differentiable in its distribution's parameters where its draws would be.
+
+    Arguments:
+        common: whether all candidates meet the same numbers, so that what sets them apart is not the draw.
 
     References:
         Owen, *Scrambled net variance for integrals of smooth functions*, Annals of Statistics 1997.
     """
+
+    def __init__(self, common: bool = False) -> None:
+        self.common = common
 
     @contextmanager
     def drawing(self, num: int, candidates: int, sizes: Mapping[str, int]) -> Iterator[None]:
@@ -39,8 +45,10 @@ class QuasiRandom:
             return
         seed = int(torch.randint(2**31 - 1, ()))
         net = SobolEngine(total, scramble=True, seed=seed).draw(num, dtype=torch.float64)
-        bits = (net * 2.0**_BITS).long().unsqueeze(1) ^ torch.randint(2**_BITS, (candidates, total))
+        shifts = 1 if self.common else candidates
+        bits = (net * 2.0**_BITS).long().unsqueeze(1) ^ torch.randint(2**_BITS, (shifts, total))
         uniform = (bits + torch.rand(bits.shape, dtype=torch.float64)) * 2.0**-_BITS
+        uniform = uniform.expand(num, candidates, total)
         parts = dict(zip(sizes, uniform.split(list(sizes.values()), -1), strict=True))
         with _Quantiles(parts):
             yield
@@ -61,7 +69,7 @@ class _Quantiles(Messenger):
             return
         value = quantile(fn, uniform.reshape(shape))
         if value is not None:
-            msg["value"] = value
+            msg["value"] = value if fn.has_rsample else value.detach()
             msg["done"] = True
 
 
