@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: install demo test lint types clean
+
+install: $(VENV)/.core
 
 demo: $(VENV)/.core
 	$(BIN)/python -m pyro_invman demo --out demo

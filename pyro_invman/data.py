@@ -46,6 +46,11 @@ def read(
     encoding: str = "utf-8",
     missing: Sequence[str] = tables.MISSING,
     sheet: str | int = 0,
+    columns: Mapping[str, str] | None = None,
+    skip_lines: int = 0,
+    units_row: bool = False,
+    beside: Sequence[str] = (),
+    variables: Variables | None = None,
 ) -> xr.Dataset:
     """A table of runs as a validated dataset; nothing about it is guessed.
 
@@ -64,6 +69,12 @@ def read(
         sep, decimal, encoding: of a ``.csv``; one character each for the first two.
         missing: texts that mean "not measured" in a ``.csv`` or ``.xlsx``.
         sheet: name or position of the sheet of an ``.xlsx``.
+        columns: header as it is in the table to the name that everything else goes by.
+        skip_lines: lines above the header of a ``.csv``, blank ones not counted.
+        units_row: the line under the header of a ``.csv`` holds units, taken where `units` says nothing.
+        beside: columns to keep as coordinates on ``row``, as they are.
+        variables: of a model. They say what `roles`, `units`, `supports`, `levels` and the rest would; of them, and of
+            `columns`, `task`, `source` and `beside`, the table need not have all.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,40 +101,66 @@ def read(
     if importlib.util.find_spec(_NEEDS[kind]) is None:
         package = _NEEDS[kind]
         raise DataError(f"{path}: reading {kind} needs the package {package}; run: pip install {package}")
-    stored: dict[str, dict[str, Any]] = {}
-    attrs: dict[str, Any] = {}
+    renamed = {str(header): str(name) for header, name in (columns or {}).items()}
     labels: dict[str, Any] = {"task": task, "source": source}
     text = {column for column in (task, source) if column is not None}
     if isinstance(supports, Mapping):
         text |= {column for column, support in supports.items() if support == "categorical"}
+    text |= {v.name for v in variables or () if v.discrete}
+    text |= {header for header, name in renamed.items() if name in text}
+    stated: dict[str, str] = {}
+    stored: dict[str, dict[str, Any]] = {}
+    attrs: dict[str, Any] = {}
     try:
         if kind in (".nc", ".zarr"):
-            columns, stored, attrs = _stored_columns(path, kind)
+            found, stored, attrs = _stored_columns(path, kind)
         elif kind == ".parquet":
-            columns = tables.parquet_columns(path, text)
+            found = tables.parquet_columns(path, text)
         elif kind == ".xlsx":
-            columns = tables.xlsx_columns(path, missing, sheet)
+            found = tables.xlsx_columns(path, missing, sheet)
         else:
-            columns = tables.csv_columns(path, text, missing, sep, decimal, encoding)
+            found = tables.csv_columns(path, text, missing, sep, decimal, encoding, skip_lines, units_row)
+            stated = dict(zip(*tables.csv_head(path, sep, encoding, skip_lines, units_row), strict=False))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not {encoding} text ({error}); pass its encoding=, often 'latin1'") from error
+        how = "pass its encoding= (on the command line, --encoding), often 'latin1'"
+        raise DataError(f"{path}: not {encoding} text ({error}); {how}") from error
     except (DataError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a reader raises anything at all on a damaged file
         raise DataError(f"{path}: cannot be read as {kind}: {error}") from error
-    index = {"row": columns.pop("row")} if "row" in stored else {}
+    index = {"row": found.pop("row")} if "row" in stored else {}
+    absent = [header for header in renamed if header not in found] if variables is None else []
+    if absent:
+        raise DataError(f"columns: no column {absent[0]!r}; {tables.suggest(absent[0], found)}")
+    tables.refuse_duplicates(f"{path}, renamed", [renamed.get(name, name) for name in found])
+    found = {renamed.get(name, name): cells for name, cells in found.items()}
+    stored = {renamed.get(name, name): fields for name, fields in stored.items()}
+    stated = {renamed.get(name, name): cell for name, cell in stated.items()}
+    if variables is not None:
+        labels = {label: column if column in found else None for label, column in labels.items()}
+        beside = [name for name in beside if name in found]
+        stored |= {v.name: _attrs(v) | stored.get(v.name, {}) for v in variables if v.name in found}
+        roles = {v.name: v.role for v in variables if v.name in found}
+        if not roles:
+            raise DataError(f"{path}: found columns {list(found)}, expected some of {list(variables.names)}")
     if roles is None and not any("role" in fields for fields in stored.values()):
-        raise DataError(f"roles: {path.name} says nothing about roles; name some of {list(columns)}")
+        raise DataError(f"roles: {path.name} says nothing about roles; name some of {list(found)}")
     for label in _LABELS:
         if labels[label] is None:
             labels[label] = label if label in stored and stored[label].get("coordinate") else None
-        elif labels[label] not in columns:
-            raise DataError(f"{label}: no column {labels[label]!r}; {tables.suggest(labels[label], columns)}")
-    fields = _declared(columns, stored, roles, units, supports, None, levels, resolutions, informative)
-    used = {*fields, *(label for label in labels.values() if label is not None)}
-    attrs["left_out"] = _texts(attrs.get("left_out", [])) + [name for name in columns if name not in used]
-    coords = index | {label: columns[column] for label, column in labels.items() if column is not None}
-    return validate(_dataset({name: columns[name] for name in fields}, fields, coords, attrs), training)
+        elif labels[label] not in found:
+            raise DataError(f"{label}: no column {labels[label]!r}; {tables.suggest(labels[label], found)}")
+    if variables is None:
+        units = {name: stated[name] for name in roles or () if stated.get(name)} | dict(units or {})
+    fields = _declared(found, stored, roles, units, supports, None, levels, resolutions, informative)
+    for name in beside:
+        if name not in found:
+            raise DataError(f"beside: no column {name!r}; {tables.suggest(name, found)}")
+    used = {*fields, *(label for label in labels.values() if label is not None), *beside}
+    attrs["left_out"] = _texts(attrs.get("left_out", [])) + [name for name in found if name not in used]
+    coords = index | {label: found[column] for label, column in labels.items() if column is not None}
+    coords |= {name: found[name] for name in beside if name not in fields}
+    return validate(_dataset({name: found[name] for name in fields}, fields, coords, attrs), training)
 
 
 def from_columns(

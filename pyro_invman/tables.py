@@ -9,7 +9,8 @@ import codecs
 import csv
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,90 @@ MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan")
 
 
 # ------------------------------------------------------------------------------------------------ files
-def csv_columns(
-    path: Path, as_text: Collection[str], missing: Sequence[str], sep: str, decimal: str, encoding: str
-) -> dict[str, Any]:
-    """The columns of a .csv; those named in `as_text` as they are written, the others as numbers where they can be."""
+def csv_lines(path: Path, sep: str, encoding: str) -> Iterator[list[str]]:
+    """The lines of a .csv as cells, those without a single character left out."""
     plain = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     with open(path, newline="", encoding=plain) as file:
-        lines = csv.reader(file, delimiter=sep, skipinitialspace=True)
-        header = next((line for line in lines if line), None)
-        widths = np.fromiter(map(len, lines), int)
+        yield from filter(None, csv.reader(file, delimiter=sep, skipinitialspace=True))
+
+
+def csv_head(path: Path, sep: str, encoding: str, skip_lines: int, units_row: bool) -> tuple[list[str], list[str]]:
+    """The names of a .csv, and the units in the line under them, without brackets, where there is such a line."""
+    lines = islice(csv_lines(path, sep, encoding), skip_lines, None)
+    header = next(lines, None)
     if header is None:
         raise DataError(f"{path}: found an empty table, expected a line of names and lines of cells")
     names = _header(path, header)
+    if not units_row:
+        return names, []
+    units = [cell.strip().strip("[]()").strip() for cell in next(lines, [])]
+    for name, cell in zip(names, units, strict=False):
+        if re.fullmatch(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", cell):
+            raise DataError(
+                f"{path}: found {cell!r} in the units row under {name!r}, expected units; units_row is wrong"
+            )
+    return names, units
+
+
+def csv_columns(
+    path: Path,
+    as_text: Collection[str],
+    missing: Sequence[str],
+    sep: str,
+    decimal: str,
+    encoding: str,
+    skip_lines: int = 0,
+    units_row: bool = False,
+) -> dict[str, Any]:
+    """The columns of a .csv; those named in `as_text` as they are written, the others as numbers where they can be.
+
+    Lines of separators only are no rows. `skip_lines` lines stand above the header, one more below it if `units_row`.
+    """
+    names, _ = csv_head(path, sep, encoding, skip_lines, units_row)
     other = next((mark for mark in ";\t|," if mark != sep and mark in names[0]), None)
     if len(names) == 1 and other:
-        raise DataError(f"{path}: found one column, {names[0]!r}; if {other!r} separates columns, pass sep={other!r}")
-    # pandas fills a short line up, which looks like cells that were not measured
-    widths = widths[widths > 0]
-    uneven = widths != len(names)
+        how = f"pass sep={other!r} (on the command line, --sep)"
+        raise DataError(f"{path}: found one column, {names[0]!r}; if {other!r} separates columns, {how}")
+    above = skip_lines + 1 + units_row
+    lines = ((len(line), not any(map(str.strip, line))) for line in islice(csv_lines(path, sep, encoding), above, None))
+    # pandas skips what is blank all through, and fills a short line up, which looks like cells that were not measured
+    kept = np.array([line for line in lines if line != (1, True) or len(names) == 1], dtype=int).reshape(-1, 2)
+    widths, blank = kept[:, 0], kept[:, 1].astype(bool)
+    uneven = (widths != len(names)) & ~(blank & (widths < len(names)))
     if uneven.any():
-        row = int(uneven.argmax())
-        raise DataError(f"{path}, row {row}: found {widths[row]} cells, expected {len(names)}; mend the line")
-    frame = pd.read_csv(
-        path, sep=sep, encoding=encoding, decimal=decimal, skipinitialspace=True, header=0, names=names,
-        index_col=False, dtype={name: "str" for name in as_text if name in names}, na_values=list(missing),
-        keep_default_na=False, low_memory=False,
-    )  # fmt: skip
-    return {name: frame[name] for name in names}
+        row = int(uneven.argmax()) - int(blank[: uneven.argmax()].sum())
+        found = f"found {widths[uneven.argmax()]} cells, expected {len(names)}"
+        raise DataError(f"{path}, row {row}: {found}; mend the line")
+    if not len(kept):
+        return {name: pd.Series([], dtype=float) for name in names}
+    plain = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    with open(path, newline="", encoding=plain) as file:
+        ahead = filter(None, csv.reader(file, delimiter=sep, skipinitialspace=True))
+        for _ in range(above):
+            next(ahead)
+        frame = pd.read_csv(
+            file, sep=sep, decimal=decimal, skipinitialspace=True, header=None, names=names,
+            index_col=False, dtype={name: "str" for name in as_text if name in names}, na_values=list(missing),
+            keep_default_na=False, low_memory=False,
+        )  # fmt: skip
+    if len(frame) != len(kept):
+        raise DataError(f"{path}: found {len(frame)} rows in {len(kept)} lines; take out lines of quotes and blanks")
+    frame = frame[~blank].reset_index(drop=True)
+    return {
+        name: frame[name] if decimal == "." or name in as_text else _with_mark(frame[name], decimal) for name in names
+    }
+
+
+def _with_mark(cells: pd.Series, decimal: str) -> pd.Series:
+    """A column that pandas left as text, its numbers as such: what is none of them stands out."""
+    if pd.api.types.is_numeric_dtype(cells) or pd.api.types.is_bool_dtype(cells):
+        return cells
+    pattern = re.compile(rf"\s*[-+]?\d*{re.escape(decimal)}?\d+([eE][-+]?\d+)?\s*")
+    found = [
+        float(cell.replace(decimal, ".")) if isinstance(cell, str) and pattern.fullmatch(cell) else cell
+        for cell in cells
+    ]
+    return pd.Series(found, dtype=object)
 
 
 def xlsx_columns(path: Path, missing: Sequence[str], sheet: str | int) -> dict[str, Any]:
@@ -73,6 +131,13 @@ def parquet_columns(path: Path, as_text: Collection[str]) -> dict[str, Any]:
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
     return {str(name): cells.astype(object) if name in as_text else cells for name, cells in frame.items()}
+
+
+def as_written(cell: Any) -> str:
+    """A cell of any make as text, "" where there is nothing."""
+    if pd.isna(cell):
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
 
 
 def _header(path: Path, cells: Iterable[Any]) -> list[str]:
@@ -149,11 +214,39 @@ def _not_a_number(name: str, values: np.ndarray, missing: np.ndarray) -> DataErr
     what, todo = "text" if isinstance(found, str) else type(found).__name__, ""
     if isinstance(found, str) and not found.strip():
         todo = "a cell that was not measured is NaN"
-    elif isinstance(found, str) and re.fullmatch(r"\s*[-+]?[\d.\s]*\d,\d+([eE][-+]?\d+)?\s*", found):
-        todo = 'if the comma is a decimal comma, pass decimal="," to read'
+    elif isinstance(found, str):
+        todo = what_to_do(found.strip())
     else:
-        todo = "mend the cell, name it in missing= if it means 'not measured', or declare support 'categorical'"
+        todo = _MEND
     return DataError(f"{name}, row {row}: found {what} {found!r}, expected a number; {todo}")
+
+
+_MEND = "mend the cell, name it in missing= if it means 'not measured', or declare support 'categorical'"
+_DECIMAL_COMMA = re.compile(r"[-+]?[\d.\s'’]*\d,\d+([eE][-+]?\d+)?")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:([,.\s'’])\d{3})(?:\1\d{3})*(?:[,.]\d+)?")
+_CENSORED = re.compile(r"[<>≤≥]=?\s*[-+]?[\d.,]+.*")
+_WITH_UNITS = re.compile(r"[-+]?[\d.,]*\d\s*([^\W\d_]|[%°µ]).*")
+
+
+def what_to_do(text: str) -> str:
+    """About a text that stands where a number was expected."""
+    if _CENSORED.fullmatch(text):
+        return (
+            "mend the cell: a limit of detection is no measurement (censored); write what was read, or leave the cell "
+            "blank and declare how cells go unrecorded, mechanism= of JointFlow.fit"
+        )
+    decimal_comma = 'if the comma is a decimal comma, pass decimal="," to read (on the command line, --decimal)'
+    if _DECIMAL_COMMA.fullmatch(text):
+        digits = re.sub(r"[.\s'’](?=\d{3})", "", text)
+        more = f"; take out the thousands separators ({digits!r})" if digits != text else ""
+        if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+", text):
+            more = f"; if it separates thousands, take it out ({text.replace(',', '')!r})"
+        return decimal_comma + more
+    if _THOUSANDS.fullmatch(text):
+        return "mend the cell: take out the thousands separators"
+    if _WITH_UNITS.fullmatch(text):
+        return "mend the cell: units belong into units=, or declare support 'categorical'"
+    return _MEND
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from pyro_invman import load
 from pyro_invman.cli import held_out_report, main, quantile_rows
+from pyro_invman.cli.parser import parser
 
 ROLES = "power_W=parameter,alloy=condition,depth_um=observation"
 SUPPORTS = "alloy=categorical"
+COMMANDS = ("demo", "describe", "fit", "infer", "predict", "impute", "fingerprint", "design")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +155,7 @@ def test_held_out_report_of_the_exact_law(model):
             units={"power_W": "W", "depth_um": "um"},
         )
 
-    near, far = (held_out_report(flow, rows(s), rows(s)) for s in (0.0, 12.0))
+    near, far = (held_out_report(flow, rows(s)) for s in (0.0, 12.0))
     assert far[-2]["log loss"] > near[-2]["log loss"] + 2.0
     assert near[-2]["90 % coverage"] == 1.0 and far[-2]["90 % coverage"] < 0.5
 
@@ -160,3 +165,272 @@ def test_quantiles_of_known_draws(model):
     number, level = quantile_rows(load(model).variables, ["power_W", "alloy"], draws)
     assert (number["5 %"], number["median"], number["95 %"]) == (50.0, 500.0, 950.0)
     assert level["median"].startswith("B 100%")
+
+
+# ------------------------------------------------------------------------------------------------ rows of questions
+def test_rows_of_a_table_are_answered_each_by_its_own_cells(model, tmp_path, capsys):
+    asked = tmp_path / "asked.csv"
+    asked.write_text("depth_um,alloy,comment\n100,A,x\n120,B,y\n,,z\n")
+    out = tmp_path / "draws.csv"
+    arguments = ["infer", str(model), "--table", str(asked), "--targets", "power_W", "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)["targets"]
+    assert [row["row"] for row in rows] == [0, 1, 2] and "comment" in printed.err
+    for row in rows[:2]:
+        assert row["5 %"] < 200 < row["95 %"] and row["95 %"] - row["5 %"] < 40
+    assert rows[2]["95 %"] - rows[2]["5 %"] > 120  # nothing given: between 100 and 300
+    lines = out.read_text().splitlines()
+    assert lines[0] == "row,power_W" and len(lines) == 6001 and lines[-1].startswith("2,")
+    assert main(["infer", str(model), "--table", str(asked), "--given", "depth_um=90", "--targets", "power_W"]) == 1
+    assert "row 0 says 100" in capsys.readouterr().err
+
+
+def test_predict_asks_for_what_is_observed(model, capsys):
+    assert main(["predict", str(model), "--given", "power_W=200", "--given", "alloy=B", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["targets"]
+    assert row["target"] == "depth_um" and row["units"] == "um" and row["5 %"] < 120 < row["95 %"]
+    assert row["95 %"] - row["5 %"] == pytest.approx(2 * 1.645 * 2, rel=0.5)  # noise of 2 um
+
+
+def test_the_same_seed_gives_the_same_answer(model, capsys):
+    found = []
+    for seed in ("0", "0", "1"):
+        assert main(["predict", str(model), "--given", "power_W=200", "--seed", seed, "--json"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] != found[2]
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """40 tasks of 6 rows, y = level + x + noise of 0.1; levels −2 to 2, a decimal comma and odd headers."""
+    generator = torch.Generator().manual_seed(0)
+    lines = ["Furnace;x, set (mm);Reading [V]"]
+    for t in range(40):
+        level = -2 + 4 * t / 39
+        for _ in range(6):
+            x = 2 * torch.rand((), generator=generator) - 1
+            y = level + x + 0.1 * torch.randn((), generator=generator)
+            lines.append(f"F{t:02d};{x:.4f};{y:.4f}".replace(".", ","))
+    path = tmp_path_factory.mktemp("runs") / "runs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    (path.parent / "invman.toml").write_text(
+        'task = "Furnace"\nseparator = ";"\ndecimal = ","\n'
+        '[columns]\n"x, set (mm)" = "x"\n"Reading [V]" = "y"\n[roles]\nx = "parameter"\ny = "observation"\n'
+        '[units]\nx = "mm"\ny = "V"\n'
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifold(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifold")
+    options = ["--latent-dim", "1", "--max-seconds", "3", "--out", str(folder), "--json"]
+    assert main(["fit", str(runs), *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def new(tmp_path):
+    """Three rows of a task of level 1."""
+    path = tmp_path / "new.csv"
+    path.write_text("x;y\n-0,5;0,52\n0;0,97\n0,8;1,83\n")
+    return path
+
+
+def test_a_task_column_makes_a_manifold(runs, tmp_path, capsys):
+    options = ["--latent-dim", "1", "--max-seconds", "1", "--out", str(tmp_path / "m"), "--json"]
+    assert main(["fit", str(runs), *options]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["kind"] == "ProcessManifold" and report["held_out_rows"] == 24 == 6 * len(report["held_out_tasks"])
+    y = next(line for line in report["held_out"] if line["variable"] == "y")
+    assert y["units"] == "V" and y["log loss"] < y["knowing nothing"] - 1.0 and y["rows"] == 16
+    assert "invman.toml says" in printed.err
+    assert (tmp_path / "m" / "invman.toml").is_file()
+    assert main(["fit", str(runs), "--model", "flow", *options[2:]]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "JointFlow"
+
+
+def test_rows_of_a_task_sharpen_its_answers(manifold, new, capsys):
+    ask = ["predict", str(manifold), "--given", "x=0.5", "--json"]
+    assert main([*ask, "--rows", str(new)]) == 0
+    (known,) = json.loads(capsys.readouterr().out)["targets"]
+    assert main(ask) == 0
+    printed = capsys.readouterr()
+    (unknown,) = json.loads(printed.out)["targets"]
+    assert "nothing is known" in printed.err
+    assert known["5 %"] < 1.5 < known["95 %"] and known["95 %"] - known["5 %"] < 0.8
+    assert unknown["95 %"] - unknown["5 %"] > 2.5
+    assert main(["infer", str(manifold), "--given", "y=1.5", "--rows", str(new), "--json"]) == 0
+    (x,) = json.loads(capsys.readouterr().out)["targets"]
+    assert x["target"] == "x" and x["5 %"] < 0.5 < x["95 %"] and x["95 %"] - x["5 %"] < 0.9
+
+
+def test_rows_must_be_of_one_task(manifold, runs, capsys):
+    ask = ["predict", str(manifold), "--given", "x=0.5", "--rows", str(runs)]
+    assert main(ask) == 1
+    assert "rows of 40 tasks" in capsys.readouterr().err
+    assert main([*ask, "--of", "F40"]) == 1
+    assert "did you mean" in capsys.readouterr().err
+    assert main([*ask, "--of", "F39", "--json"]) == 0
+    (y,) = json.loads(capsys.readouterr().out)["targets"]
+    assert y["5 %"] < 2.5 < y["95 %"]
+
+
+def test_fingerprint(manifold, runs, new, capsys, tmp_path):
+    assert main(["fingerprint", str(manifold), "--rows", str(new), "--nearest", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["belongs"] and report["typicality"] > 0.05 and report["information_nats"] > 0.5
+    levels = [-2 + 4 * int(each["task"][1:]) / 39 for each in report["nearest"]]
+    assert len(levels) == 3 and all(0.5 < level < 1.5 for level in levels)
+    assert len(report["latent"]) == 1 and 0 < report["latent"][0]["sd"] < 0.5
+    strange = tmp_path / "strange.csv"
+    strange.write_text("x;y\n-0,5;19,5\n0;20\n0,8;20,8\n")
+    assert main(["fingerprint", str(manifold), "--rows", str(strange), "--out", str(tmp_path / "f.json")]) == 0
+    printed = capsys.readouterr()
+    assert "unlike what was learned" in printed.out and "note: the task is like none" in printed.err
+    assert json.loads((tmp_path / "f.json").read_text())["belongs"] is False
+    assert main(["fingerprint", str(manifold), "--rows", str(runs), "--of", "F20"]) == 0
+    printed = capsys.readouterr()
+    assert "F20" not in printed.out and "left out of its own neighbours" in printed.err
+
+
+def test_impute_completes_rows_by_the_others_of_their_task(manifold, tmp_path, capsys):
+    holes = tmp_path / "holes.csv"
+    rows = [f"high;{x};{2 + x:.2f}" for x in (-0.5, 0.0, 0.5)] + [f"low;{x};{x - 2:.2f}" for x in (-0.5, 0.0, 0.5)]
+    holes.write_text("\n".join(["Furnace;x;y", *rows, "high;0.25;", "low;0.25;"]).replace(".", ",") + "\n")
+    out = tmp_path / "filled.csv"
+    arguments = ["impute", str(manifold), str(holes), "--out", str(out), "--num-samples", "50", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["variables"][1] == {"variable": "y [V]", "measured": 6, "completed": 2}
+    with open(out) as file:
+        found = list(csv.DictReader(file, delimiter=";"))
+    mean = {
+        row: sum(float(line["y"].replace(",", ".")) for line in found if line["row"] == row) / 50
+        for row in ("6", "7", "0")
+    }
+    assert mean["6"] == pytest.approx(2.25, abs=0.2) and mean["7"] == pytest.approx(-1.75, abs=0.2)
+    assert mean["0"] == 1.5 and {line["Furnace"] for line in found} == {"high", "low"}
+
+
+# ------------------------------------------------------------------------------------------------ design
+def test_design_weighs_gain_and_cost(manifold, new, tmp_path, capsys):
+    candidates = tmp_path / "could.csv"
+    candidates.write_text("x;hours\n0;5\n0,1;1\n-0,1;5\n")
+    ask = ["design", str(manifold), "--candidates", str(candidates), "--cost", "hours", "--json"]
+    assert main(ask) == 0
+    report = json.loads(capsys.readouterr().out)
+    (first,) = report["suggested"]
+    assert first["candidate"] == 1 and first["x [mm]"] == pytest.approx(0.1) and first["cost"] == 1.0
+    before = first["gain [nat]"]
+    assert main([*ask, "--rows", str(new)]) == 0
+    assert json.loads(capsys.readouterr().out)["suggested"][0]["gain [nat]"] < before - 1.0  # the level is known by now
+
+
+def test_design_over_a_grid_is_written_to_be_filled_in(manifold, new, tmp_path, capsys):
+    out = tmp_path / "next.csv"
+    ask = ["design", str(manifold), "--rows", str(new), "--grid", "x=-1:1:5", "--objective", "predict=y"]
+    assert main([*ask, "--n", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "2 of 5 candidates" in printed.out and "x [mm]" in printed.out and "at the candidates" in printed.err
+    lines = out.read_text().splitlines()
+    assert lines[0] == "x;y" and len(lines) == 3 and all(line.endswith(";") for line in lines[1:])
+    filled = tmp_path / "filled.csv"
+    filled.write_text("\n".join([lines[0], *(f"{line}1,2" for line in lines[1:])]) + "\n")
+    assert main(["fingerprint", str(manifold), "--rows", str(filled)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "either --candidates TABLE or --grid"),
+        (["--grid", "x=1:0:3"], "LOW < HIGH"),
+        (["--grid", "x=a:b:3"], "LOW:HIGH:COUNT"),
+        (["--grid", "y=0:1:3"], "is an observation"),
+        (["--grid", "z=0:1:3"], "unknown variable"),
+        (["--grid", "x=0:1:30000"], "at most"),
+        (["--grid", "x=0:1:3", "--objective", "fame"], "expected task, parameters"),
+        (["--grid", "x=0:1:3", "--objective", "parameters=x"], "--parameters-of"),
+        (["--grid", "x=0:1:3", "--n", "0"], "expected at least 1"),
+    ],
+)
+def test_designs_that_cannot_be(manifold, options, words, capsys):
+    assert main(["design", str(manifold), *options]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "no --rows" not in line]
+    assert len(error) == 1 and words in error[0]
+
+
+# ------------------------------------------------------------------------------------------------ failures
+def test_a_model_of_another_kind_is_refused(model, manifold, new, capsys):
+    assert main(["fingerprint", str(model), "--rows", str(new)]) == 1
+    assert "holds a JointFlow, expected a ProcessManifold" in capsys.readouterr().err
+    assert main(["predict", str(model), "--given", "power_W=200", "--rows", str(new)]) == 1
+    assert "knows no tasks" in capsys.readouterr().err
+    assert main(["fingerprint", str(manifold)]) == 1
+    assert "found no --rows" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_one_line(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "weights.safetensors").write_bytes(b"no")
+    assert main(["predict", str(tmp_path / "m"), "--given", "power_W=200"]) == 1
+    assert "damaged or changed" in _one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("two\nlines"), 1, "unexpected RuntimeError in test_cli.py: two lines (--debug shows where)"),
+        (OSError(28, "No space left on device", "model"), 1, "model: No space left on device"),
+        (MemoryError(), 1, "unexpected MemoryError"),
+    ],
+)
+def test_whatever_happens_is_one_line(error, status, words, model, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pyro_invman.cli.asking.model_of", fails)
+    assert main(["predict", str(model)]) == status
+    assert words in _one_line(capsys)
+    with pytest.raises(type(error)):
+        main(["predict", str(model), "--debug"])
+
+
+def test_a_reader_that_has_enough_is_no_failure_to_speak_of(model):
+    command = [sys.executable, "-c", "import sys; from pyro_invman.cli import main; sys.exit(main(sys.argv[1:]))"]
+    run = subprocess.Popen(
+        [*command, "predict", str(model), "--given", "power_W=200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run.stdout.close()
+    error = run.stderr.read()
+    run.stderr.close()
+    assert run.wait() == 141 and error == b""
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*filter(None, [command]), "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "90 %%" not in shown
+    examples = [line.split("pyro_invman ", 1)[1] for line in shown.splitlines() if line.startswith("  python -m")]
+    assert examples
+    for example in examples:
+        parsed = parser("invman").parse_args(example.split("   ")[0].split())
+        assert command in ("", parsed.command)
+
+
+def test_every_answer_comes_as_json(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--json" in capsys.readouterr().out
+
+
+def _one_line(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]

@@ -503,6 +503,50 @@ def test_rows_to_be_asked_about_need_not_vary(tmp_path):
     assert ds["a"].values.tolist() == [1.0] and ds["b"].isnull().all()
 
 
+# ------------------------------------------------------------------------------------------------ headers, models
+def test_columns_may_be_renamed(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("Power (W),mode = m,n\n[W],,\n1,x,7\n2,y,8\n")
+    ds = read(
+        path, {"power": "parameter", "mode": "observation"}, supports={"mode": "categorical"}, units_row=True,
+        columns={"Power (W)": "power", "mode = m": "mode"}, beside=["n"],
+    )  # fmt: skip
+    assert list(ds) == ["power", "mode"] and ds["power"].attrs["units"] == "W"
+    assert ds["n"].values.tolist() == [7, 8] and ds.attrs["left_out"] == []
+    with pytest.raises(DataError, match=r"columns: no column 'Power'; did you mean 'Power \(W\)'"):
+        read(path, {"power": "parameter"}, columns={"Power": "power"}, units_row=True)
+    with pytest.raises(DataError, match="found 'n' twice"):
+        read(path, {"n": "parameter"}, columns={"Power (W)": "n"}, units_row=True)
+    with pytest.raises(DataError, match="beside: no column 'm'"):
+        read(path, {"n": "parameter"}, beside=["m"], units_row=True)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".nc"])
+def test_rows_are_read_as_the_variables_of_a_model(tmp_path, kind):
+    path = tmp_path / f"table{kind}"
+    write(FRAME[["mode", "depth_um", "task", "run"]], path)
+    ds = read(path, variables=VARIABLES, task="task", source="by", beside=["cost"], training=False)
+    assert list(ds) == ["mode", "depth_um"] and "source" not in ds.coords and ds.attrs["left_out"] == ["run"]
+    expected = CELLS.clone()
+    expected[:, :2] = NAN
+    same(to_tensor(ds, VARIABLES), expected)
+    with pytest.raises(DataError, match=r"found columns .*expected some of \['power_W'"):
+        write(FRAME[["run"]], path)
+        read(path, variables=VARIABLES)
+
+
+def test_what_a_file_says_of_its_cells_stands_beside_a_model(tmp_path):
+    ds = dataset()
+    ds["mode"].attrs["levels"] = ["keyhole", "balling"]  # codes of another order
+    ds["mode"].values[:] = [0, NAN, 1, 0]
+    ds.to_netcdf(tmp_path / "t.nc")
+    same(to_tensor(read(tmp_path / "t.nc", variables=VARIABLES, training=False), VARIABLES), CELLS)
+    ds["power_W"].attrs["units"] = "kW"
+    ds.to_netcdf(tmp_path / "u.nc")
+    with pytest.raises(DataError, match="power_W: found units 'kW', expected 'W'"):
+        to_tensor(read(tmp_path / "u.nc", variables=VARIABLES, training=False), VARIABLES)
+
+
 def test_a_million_rows_take_seconds_not_minutes():
     random = np.random.default_rng(0)
     n = 10**6

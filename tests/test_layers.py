@@ -67,6 +67,12 @@ FLOORS = [
     ["design.optimum"],
     ["design.told"],
     ["design.sequential"],
+    ["cli.printed", "cli.dialect", "cli.headers"],
+    ["cli.project", "cli.guesses"],
+    ["cli.questions", "cli.fitting", "cli.describe"],
+    ["cli.asking", "cli.tasks", "cli.designs", "cli.demo"],
+    ["cli.parser"],
+    ["cli.run"],
     ["cli"],
     ["__main__"],
 ]

@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import re
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,10 @@ from pyro_invman.variables import DataError, Variable
 NAN = np.nan
 
 
-def csv(tmp_path, text, as_text=(), sep=",", decimal=".", encoding="utf-8", missing=tables.MISSING):
+def csv(tmp_path, text, as_text=(), sep=",", decimal=".", encoding="utf-8", missing=tables.MISSING, **above):
     path = tmp_path / "table.csv"
     path.write_bytes(text.encode(encoding))
-    return tables.csv_columns(path, as_text, missing, sep, decimal, encoding)
+    return tables.csv_columns(path, as_text, missing, sep, decimal, encoding, **above)
 
 
 # ------------------------------------------------------------------------------------------------ csv
@@ -79,6 +80,56 @@ def test_tables_that_cannot_be_what_was_meant_are_refused(tmp_path, text, messag
 
 def test_names_left_blank_are_told_apart(tmp_path):
     assert list(csv(tmp_path, "a,,\n1,2,3\n")) == ["a", "Unnamed: 1", "Unnamed: 2"]
+
+
+def test_lines_of_separators_only_are_no_rows(tmp_path):
+    columns = csv(tmp_path, "a;b;c\n\n1;x;\n;;\n   \n;y;\n;\n", as_text={"b"}, sep=";")
+    np.testing.assert_array_equal(columns["a"], [1.0, NAN])
+    assert columns["b"].tolist() == ["x", "y"]
+    with pytest.raises(DataError, match="row 1: found 2 cells, expected 3"):
+        csv(tmp_path, "a;b;c\n1;x;\n;;\n2;y\n", sep=";")
+
+
+def test_lines_above_the_header_and_units_below_it(tmp_path):
+    text = "Log of May;;\n\npower;depth;mode\n[W];(µm);\n1,5;2;x\n;3,5;y\n"
+    how = {"sep": ";", "decimal": ",", "skip_lines": 1, "units_row": True}
+    columns = csv(tmp_path, text, as_text={"mode"}, **how)
+    np.testing.assert_array_equal(columns["power"], [1.5, NAN])
+    assert columns["mode"].tolist() == ["x", "y"]
+    assert tables.csv_head(tmp_path / "table.csv", ";", "utf-8", 1, True) == (
+        ["power", "depth", "mode"],
+        ["W", "µm", ""],
+    )
+    with pytest.raises(DataError, match="found '1,5' in the units row under 'power'"):
+        csv(tmp_path, text.replace("[W];(µm);\n", ""), **how)
+    assert csv(tmp_path, "log\na,b\n", skip_lines=1)["a"].tolist() == []
+
+
+def test_what_is_no_number_under_a_decimal_comma_is_what_is_named(tmp_path):
+    columns = csv(tmp_path, "a;b\n1,5;1.5\n<0,5;2.5\n2,5;3\n", sep=";", decimal=",")
+    with pytest.raises(DataError, match=r"a, row 1: found text '<0,5'.*censored"):
+        tables.numbers("a", tables.column("a", columns["a"]))
+    with pytest.raises(DataError, match=r"b, row 0: found text '1\.5', expected a number"):
+        tables.numbers("b", tables.column("b", columns["b"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("<0.5", "a limit of detection"),
+        (">= 100", "a limit of detection"),
+        ("1,5", 'pass decimal=","'),
+        ("1.234,5", "take out the thousands separators .'1234,5'"),
+        ("1,234", "if it separates thousands, take it out .'1234'"),
+        ("1,234.5", "take out the thousands separators"),
+        ("1 234.5", "take out the thousands separators"),
+        ("200 W", "units belong into units="),
+        ("low", "name it in missing="),
+    ],
+)
+def test_what_to_do_about_a_cell_is_said(text, advice):
+    with pytest.raises(DataError, match=f"x, row 1: found text '{re.escape(text)}', expected a number; .*{advice}"):
+        tables.numbers("x", tables.column("x", ["1", text]))
 
 
 # ------------------------------------------------------------------------------------------------ xlsx, parquet

@@ -1,0 +1,146 @@
+"""``describe TABLE``: what is in a table, what it likely means, and a first project file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pyro_invman import tables
+from pyro_invman.cli.dialect import Dialect, guess_dialect, raw_columns
+from pyro_invman.cli.guesses import Guess, column_of, guess_roles
+from pyro_invman.cli.printed import answer, say, table
+from pyro_invman.cli.project import NAME, Project
+from pyro_invman.variables import DataError
+
+_KINDS = (".csv", ".xlsx", ".parquet")
+
+
+def describe(arguments: argparse.Namespace) -> None:
+    """Reads a table raw, guesses, prints what was found and writes the first project file."""
+    path = Path(arguments.table)
+    out = Path(arguments.out) if arguments.out else path.parent / NAME
+    kind = path.suffix.lower()
+    if kind not in _KINDS:
+        raise DataError(f"{path}: found the ending {path.suffix!r}, expected one of {list(_KINDS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table at {path}")
+    if out.exists() and not (arguments.force or arguments.look):
+        raise DataError(f"{out} exists already and is kept; --force writes it anew, --look only prints what would be")
+    dialect = None
+    if kind == ".csv":
+        dialect = guess_dialect(path, arguments.sep, arguments.decimal, arguments.encoding)
+    sheet = arguments.sheet if arguments.sheet is not None else 0
+    cells, blank = raw_columns(path, dialect, sheet)
+    rows = len(next(iter(cells.values())))
+    if not rows:
+        raise DataError(f"{path}: found names and no row, expected rows of cells")
+    stated: dict[str, str] = {}
+    if dialect is not None and dialect.units_row:
+        head = tables.csv_head(path, dialect.separator, dialect.encoding, dialect.skip_lines, True)
+        stated = dict(zip(*head, strict=False))
+    decimal = dialect.decimal if dialect is not None else "."
+    guess = guess_roles([column_of(name, each, decimal, stated.get(name, "")) for name, each in cells.items()])
+    project = project_from(guess, dialect, sheet)
+    if not arguments.look:
+        out.write_text(project.to_toml(_notes(guess, dialect)), encoding="utf-8")
+        say(f"wrote {out}")
+    report = _report(path, rows, blank, guess, dialect, project)
+    answer(report, arguments.json, lambda: _text(path, out, report, arguments.prog))
+
+
+def project_from(guess: Guess, dialect: Dialect | None, sheet: str | int = 0) -> Project:
+    """The project that guesses amount to."""
+    used = [c for c in guess.columns if c.role]
+    labels = [c for c in guess.columns if c.name in (guess.task, guess.source)]
+    blanks = [text for column in used for text in column.blanks if text not in tables.MISSING]
+    written = {} if dialect is None else {k: getattr(dialect, k) for k in Dialect._fields if k != "reasons"}
+    return Project(
+        task=guess.task,
+        source=guess.source,
+        **written,
+        missing=(*tables.MISSING, *dict.fromkeys(blanks)),
+        sheet=sheet,
+        columns={c.header: c.name for c in (*labels, *used) if c.header != c.name},
+        roles={c.name: str(c.role) for c in used},
+        supports={c.name: c.support for c in used if c.support != "real"},
+        units={c.name: c.units for c in used if c.units},
+        resolutions={c.name: c.resolution for c in used if c.resolution},
+    )
+
+
+def _notes(guess: Guess, dialect: Dialect | None) -> dict[str, str]:
+    notes = dict(dialect.reasons) if dialect is not None else {}
+    notes = {key: reason for key, reason in notes.items() if reason} | dict(guess.why)
+    for column in guess.columns:
+        if column.name in (guess.task, guess.source):
+            continue
+        doubt = "DECIDE: " if "role" in column.doubt else ""
+        notes[f"roles.{column.name if column.role else column.header}"] = f"{doubt}{column.why.get('role', '')}"
+        if column.role:
+            for part, where in (("support", "supports"), ("units", "units"), ("resolution", "resolutions")):
+                if part in column.why and (part != "resolution" or column.resolution):
+                    notes[f"{where}.{column.name}"] = column.why[part]
+    return notes
+
+
+def _report(
+    path: Path, rows: int, blank: int, guess: Guess, dialect: Dialect | None, project: Project
+) -> dict[str, Any]:
+    used_as = {guess.task: "task", guess.source: "source"}
+    columns = [
+        {
+            "header": c.header,
+            "name": c.name,
+            "role": used_as.get(c.name) or c.role or "left out",
+            "units": c.units,
+            "support": c.support if c.role else "",
+            "measured": c.cells - c.missing - len(c.wrong),
+            "missing": c.missing,
+            "range": c.range,
+        }
+        for c in guess.columns
+    ]
+    cells = rows * max(1, len(project.roles))
+    missing = sum(c.missing for c in guess.columns if c.role)
+    return {
+        "table": str(path),
+        "rows": rows,
+        "blank_lines": blank,
+        "missing_share": missing / cells,
+        "written": None if dialect is None else {k: getattr(dialect, k) for k in Dialect._fields if k != "reasons"},
+        "task": guess.task,
+        "source": guess.source,
+        "columns": columns,
+        "guessed": [f"{name}: {note}" for name, note in _notes(guess, dialect).items()],
+        "decide": [c.name for c in guess.columns if "role" in c.doubt and c.role],
+        "to_mend": [
+            {"column": c.header, "row": row, "found": text} for c in guess.columns if c.role for row, text in c.wrong
+        ],
+    }
+
+
+def _text(path: Path, out: Path, report: dict[str, Any], prog: str) -> str:
+    written = report["written"]
+    how = ""
+    if written is not None:
+        marks = f"{written['separator']!r} between cells, decimal mark {written['decimal']!r}"
+        how = f"; {written['encoding']}, {marks}"
+    blank = f", {report['blank_lines']} lines blank" if report["blank_lines"] else ""
+    parts = [
+        f"{path}: {report['rows']} rows{blank}, {report['missing_share']:.0%} of the used cells missing{how}",
+        "",
+        table(report["columns"]),
+        "",
+        "What was guessed, and why:",
+        *(f"  {line}" for line in report["guessed"]),
+    ]
+    if report["to_mend"]:
+        parts += ["", "Cells that are no numbers, which `fit` refuses (rows count from 0, without the header):"]
+        parts += [
+            f"  {c['column']}, row {c['row']}: {c['found']!r} ({tables.what_to_do(c['found'])})"
+            for c in report["to_mend"][:10]
+        ]
+        parts += [f"  and {len(report['to_mend']) - 10} more"] if len(report["to_mend"]) > 10 else []
+    todo = f"check {out}" if not report["decide"] else f"in {out}, decide on {', '.join(report['decide'])}"
+    return "\n".join([*parts, "", f"Next: {todo}; then  {prog} fit {path} --out model"])

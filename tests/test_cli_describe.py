@@ -1,0 +1,223 @@
+"""What a table is guessed to be, from its text alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyro_invman.cli import main
+from pyro_invman.cli.dialect import guess_dialect
+from pyro_invman.cli.guesses import column_of, guess_roles
+from pyro_invman.cli.headers import name_and_units
+from pyro_invman.cli.project import load_project
+from pyro_invman.variables import DataError
+
+MESSY = """\
+Exported by the furnace;;;;;;
+
+Run;Heat no.;T [°C];Spot, µm;Nozzle;Porosity (%);Depth / µm
+
+1;A;20,5;50;Ar;3,1;16,3
+2;A;-3,0;80;N2;;n/a
+;;;;;;
+3;B;21,0;50;Ar;12,0;-
+4;B;22,5;80;N2;9,9;205,1
+5;C;19,0;50;;;44,0
+6;C;20,0;80;Ar;7,0;51,5
+7;D;20,0;80;Ar;7,0;51,5
+8;D;20,0;80;N2;7,5;61,5
+9;E;20,0;80;Ar;7,0;71,5
+10;E;20,0;50;Ar;7,0;81,5
+"""
+
+
+@pytest.fixture
+def messy(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(MESSY.replace("\n", "\r\n").encode("latin1"))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ headers
+@pytest.mark.parametrize(
+    ("header", "name", "units"),
+    [
+        ("Power (W)", "power", "W"),
+        ("width [um]", "width", "um"),
+        ("Depth / µm", "depth", "um"),
+        ("Spot, μm", "spot", "um"),
+        ("Scan speed in mm/s", "scan_speed", "mm/s"),
+        ("T_C", "T_C", "degC"),
+        ("T (°C)", "t", "degC"),
+        ("depth_um", "depth_um", "um"),
+        ("speed_mm_s", "speed_mm_s", "mm/s"),
+        ("rho [kg/m³]", "rho", "kg/m3"),
+        ("Porosity (%)", "porosity", "%"),
+        ("Yield", "Yield", ""),
+        ("burn_in", "burn_in", ""),
+        ("a = b, c", "a_b_c", ""),
+        ("2nd pass (s)", "column_2nd_pass", "s"),
+        ("Länge [mm]", "lange", "mm"),
+        ("ratio (-)", "ratio", ""),
+        ("%", "column", ""),
+    ],
+)
+def test_headers_are_taken_apart(header, name, units):
+    assert name_and_units(header)[:2] == (name, units)
+
+
+# ------------------------------------------------------------------------------------------------ dialect
+def test_a_messy_csv_is_read_as_it_is_written(messy):
+    found = guess_dialect(messy)
+    assert found[:5] == (";", ",", "latin1", 1, False)
+    assert set(found.reasons) == {"separator", "decimal", "encoding", "skip_lines"}
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "expected"),
+    [
+        ("a,b\n1.5,2\n", "utf-8", (",", ".", "utf-8", 0, False)),
+        ("a,b\n1.5,2\n", "utf-8-sig", (",", ".", "utf-8", 0, False)),
+        ("µ;b\n1,5;2\n", "utf-16", (";", ",", "utf-16", 0, False)),
+        ("a\tb\n1,5\t2\n", "utf-8", ("\t", ",", "utf-8", 0, False)),
+        ('a,b\n"1,5","2,5"\n', "utf-8", (",", ",", "utf-8", 0, False)),
+        ('a,b\n"1,500",2.5\n"2,000",3.5\n', "utf-8", (",", ".", "utf-8", 0, False)),
+        ("a;b\n[W];[um]\n1,5;2\n2,5;3\n", "utf-8", (";", ",", "utf-8", 0, True)),
+        ("a,b\nx,1\ny,2\n", "utf-8", (",", ".", "utf-8", 0, False)),
+        ("power\n1.5\n2.5\n", "utf-8", (";", ".", "utf-8", 0, False)),
+        ("a;“b”\n1;2\n", "cp1252", (";", ".", "cp1252", 0, False)),
+    ],
+)
+def test_dialects(tmp_path, text, encoding, expected):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode(encoding))
+    assert guess_dialect(path)[:5] == expected
+
+
+@pytest.mark.parametrize(("raw", "message"), [(b"", "empty table"), (b"a,b\n\x00\x01", "zero byte")])
+def test_what_is_no_table_is_refused(tmp_path, raw, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        guess_dialect(path)
+
+
+# ------------------------------------------------------------------------------------------------ columns
+def test_cells_tell_support_blanks_and_what_is_to_be_mended():
+    column = column_of("depth (um)", ["1,5", "n/a", "", "<0,5", "2,5", "3,25", "1.234,5"], ",")
+    assert column.values == (1.5, 2.5, 3.25)
+    assert column.blanks == ("n/a", "") and column.missing == 2
+    assert column.wrong == ((3, "<0,5"), (6, "1.234,5"))
+    assert (column.support, column.units) == ("positive", "um")
+    assert column_of("x", ["0", "1.5"], ".").support == "real"
+    assert column_of("T [°C]", ["20", "25"], ".").support == "real"
+    assert column_of("share", ["0", "0.7"], ".").support == "interval:0:1"
+    assert column_of("humidity (%)", ["0", "70"], ".").support == "interval:0:100"
+    assert column_of("x (%)", ["0", "170"], ".").support == "real"
+
+
+def test_roles_by_header_by_blanks_and_the_rest_left_open():
+    rows = [str(n) for n in range(1, 13)]
+    columns = {
+        "no": rows,
+        "power (W)": [f"{n}.5" for n in range(12)],
+        "aa": [f"{n}.25" for n in range(12)],
+        "bb": ["", "", *(f"{n}.75" for n in range(10))],
+        "remark": [f"remark {n}" for n in range(12)],
+        "same": ["3"] * 12,
+        "empty": ["-"] * 12,
+        "gas": ["Ar", "N2"] * 6,
+    }
+    found = {c.name: c for c in guess_roles([column_of(name, cells, ".") for name, cells in columns.items()]).columns}
+    roles = {name: c.role for name, c in found.items()}
+    assert roles == {
+        "no": None, "power": "parameter", "aa": "parameter", "bb": "observation", "remark": None, "same": None,
+        "empty": None, "gas": "condition",
+    }  # fmt: skip
+    assert {name for name, c in found.items() if "role" in c.doubt and c.role} == {"aa", "bb"}
+    assert found["gas"].support == "categorical"
+
+
+def test_something_is_observed_though_no_header_says_what():
+    columns = [column_of(name, [f"{n}.{k}5" for n in range(9)], ".") for k, name in enumerate("abc")]
+    assert [c.role for c in guess_roles(columns).columns] == ["parameter", "parameter", "observation"]
+
+
+def test_names_that_dimensions_have_are_changed_and_twins_told_apart():
+    headers = ["row", "task", "A (W)", "A [mm]"]
+    columns = [column_of(name, [f"{n}.{k}5" for n in range(9)], ".") for k, name in enumerate(headers)]
+    assert [c.name for c in guess_roles(columns).columns] == ["row_2", "task_2", "a", "a_2"]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def test_describe_writes_a_project_that_reads_the_table(messy, capsys):
+    assert main(["describe", str(messy), "--json"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["rows"], report["blank_lines"], report["task"]) == (10, 1, "heat_no")
+    by_name = {column["name"]: column for column in report["columns"]}
+    assert by_name["depth"]["missing"] == 2 and by_name["depth"]["range"] == "16.3 to 205.1"
+    assert by_name["depth"]["units"] == "um" and by_name["Run"]["role"] == "left out"
+    assert report["decide"] == ["t", "Nozzle"] and report["to_mend"] == []
+    project = load_project(messy.parent / "invman.toml")
+    ds = project.dataset(messy)
+    np.testing.assert_array_equal(ds["depth"].values[:4], [16.3, np.nan, np.nan, 205.1])
+    assert ds["spot"].attrs["units"] == "um" and ds["Nozzle"].attrs["levels"] == ["Ar", "N2"]
+    assert ds["task"].values.tolist() == list("AABBCCDDEE")
+    assert "DECIDE" in (messy.parent / "invman.toml").read_text()
+
+
+def test_a_project_file_is_never_overwritten_unasked(messy, capsys):
+    project = messy.parent / "invman.toml"
+    project.write_text("# mine\n")
+    assert main(["describe", str(messy)]) == 1
+    assert "exists already" in capsys.readouterr().err and project.read_text() == "# mine\n"
+    assert main(["describe", str(messy), "--look"]) == 0 and project.read_text() == "# mine\n"
+    shown = capsys.readouterr().out
+    assert "Depth / µm" in shown and "decide on t, Nozzle" in shown
+    assert main(["describe", str(messy), "--force"]) == 0 and "task" in tomllib.loads(project.read_text())
+
+
+def test_cells_to_mend_are_named(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("power,depth\n1,2\n2,<0.5\n3,4.5\n4,5\n")
+    assert main(["describe", str(path)]) == 0
+    assert "depth, row 1: '<0.5' (mend the cell: a limit" in capsys.readouterr().out
+    assert main(["fit", str(path), "--out", str(tmp_path / "model")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "depth, row 1: found text '<0.5'" in error and "censored" in error
+
+
+@pytest.mark.parametrize("kind", [".xlsx", ".parquet"])
+def test_other_kinds_of_table(tmp_path, kind, capsys):
+    path = tmp_path / f"t{kind}"
+    frame = pd.DataFrame({"Power (W)": [100, 200, 300.5, 400], "Depth (um)": [1.5, None, 2.5, 3.5]})
+    frame.to_excel(path, index=False) if kind == ".xlsx" else frame.to_parquet(path)
+    assert main(["describe", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["columns"][1]["missing"] == 1
+    ds = load_project(tmp_path / "invman.toml").dataset(path)
+    assert ds["power"].values.tolist() == [100, 200, 300.5, 400] and ds["depth"].attrs["role"] == "observation"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "a,b\n", "names and no row"),
+        ("t.csv", "a,b\n1,2\n3\n", "found one column|found 1 cells, expected 2"),
+        ("t.txt", "a,b\n1,2\n", "expected one of"),
+    ],
+)
+def test_what_cannot_be_described(tmp_path, name, text, message, capsys):
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["describe", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert re.search(message, error)
+    assert main(["describe", str(tmp_path / "absent.csv")]) == 1
+    assert "no table at" in capsys.readouterr().err
