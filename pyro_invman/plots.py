@@ -93,6 +93,119 @@ def predictive(
     return ax
 
 
+def bands(
+    setting: np.ndarray,
+    quantiles: np.ndarray,
+    names: tuple[str, str],
+    units: tuple[str, str] = ("", ""),
+    measured: tuple[np.ndarray, np.ndarray] | None = None,
+    truth: np.ndarray | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Predicted median and 50 and 90 % bands along a setting (P,), over what was `measured`.
+
+    Arguments:
+        quantiles: at 5, 25, 50, 75 and 95 % (5, P).
+        names, units: of the setting and of what is predicted.
+        measured: settings and cells (N,) each.
+        truth: (P,), where it is known.
+    """
+    if quantiles.shape != (5, len(setting)):
+        raise ValueError(f"quantiles: found shape {quantiles.shape}, expected (5, {len(setting)})")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.6), constrained_layout=True)
+    order = np.argsort(setting)
+    x, q = setting[order], quantiles[:, order]
+    ax.fill_between(x, q[0], q[4], color=_POSTERIOR, alpha=0.18, lw=0, label="90 %")
+    ax.fill_between(x, q[1], q[3], color=_POSTERIOR, alpha=0.32, lw=0, label="50 %")
+    ax.plot(x, q[2], color=_POSTERIOR, lw=1.4, label="median")
+    if truth is not None:
+        ax.plot(x, truth[order], color=_TRUTH, lw=1.1, ls="--", label="truth")
+    if measured is not None:
+        ax.plot(*measured, "o", ms=3.5, color="0.2", alpha=0.7, label="measured")
+    ax.set_xlabel(label(names[0], units[0]))
+    ax.set_ylabel(label(names[1], units[1]))
+    ax.legend(fontsize=7, frameon=False)
+    return ax
+
+
+def calibration(curves: xr.Dataset, stratum: str = "all", ax: Axes | None = None) -> Axes:
+    """Curves of :func:`pyro_invman.diagnostics.sbc`, `coverage` or `tarp` less the diagonal, in their bands.
+
+    A right model stays in the band all along. Of ranks, a curve above 0 means truths that are lower than said; of
+    coverage, a curve below 0 means regions that hold fewer truths than said.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.2, 3.2), constrained_layout=True)
+    known = [str(name) for name in curves.stratum.values]
+    if stratum not in known:
+        raise ValueError(f"stratum: found {stratum!r}, expected one of {known}")
+    chosen = curves.sel(stratum=stratum)
+    targets = [str(t) for t in chosen.target.values] if "target" in chosen.dims else [None]
+    points = np.concatenate([[0.0], chosen.point.values, [1.0]])
+    first = chosen if targets[0] is None else chosen.isel(target=0)
+    ends = [np.concatenate([[0.0], first[side].values, [1.0]]) - points for side in ("lower", "upper")]
+    ax.fill_between(points, *ends, color=_PRIOR, alpha=0.35, lw=0, label=f"{chosen.attrs['band_level']:.0%} band")
+    for k, target in enumerate(targets):
+        one = chosen if target is None else chosen.sel(target=target)
+        curve = np.concatenate([[0.0], one.curve.values, [1.0]]) - points
+        colour = _POSTERIOR if len(targets) == 1 else plt.get_cmap("viridis")(0.85 * k / (len(targets) - 1))
+        ax.plot(points, curve, color=colour, lw=1.3, label=target or chosen.attrs["diagnostic"])
+    ax.axhline(0.0, color="0.4", lw=0.8)
+    ranks = chosen.attrs["diagnostic"] == "sbc"
+    ax.set_xlabel("level of the truth among draws" if ranks else "content of the region")
+    ax.set_ylabel("share of questions below, less level" if ranks else "share of truths held, less content")
+    ax.legend(fontsize=7, frameon=False)
+    return ax
+
+
+def missingness(patterns: xr.Dataset, most: int = 20, ax: Axes | None = None) -> Axes:
+    """What is measured together: a line for each of the `most` frequent patterns of `measured` ("pattern", "variable")
+    cells, with the `rows` ("pattern",) that show it."""
+    chosen = patterns.isel(pattern=slice(0, most))
+    shown, rows = chosen.measured.values.astype(bool), chosen.rows.values
+    names = [str(name) for name in chosen.variable.values]
+    if ax is None:
+        size = (1.6 + 0.34 * len(names), 1.5 + 0.24 * len(rows))
+        _, ax = plt.subplots(figsize=size, constrained_layout=True)
+    ax.imshow(np.where(shown, 1.0, 0.0), cmap=_filled(), aspect="auto", vmin=0, vmax=1)
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    ax.set_yticks(range(len(rows)), [str(int(n)) for n in rows], fontsize=7)
+    ax.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=1.2)
+    ax.tick_params(which="both", length=0)
+    ax.set_ylabel("rows with this pattern")
+    ax.set_xlabel("variable (filled: measured)")
+    return ax
+
+
+def _filled() -> Any:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["#eef0f2", _POSTERIOR])
+
+
+def links(counts: xr.DataArray, ax: Axes | None = None) -> Axes:
+    """How many rows show each pair of variables together ("variable", "other"); blank where none does."""
+    names = [str(name) for name in counts["variable"].values]
+    if ax is None:
+        side = 1.8 + 0.36 * len(names)
+        _, ax = plt.subplots(figsize=(side, side), constrained_layout=True)
+    number = counts.values.astype(float)
+    ax.imshow(np.where(number > 0, np.log10(np.maximum(number, 1)), np.nan), cmap="Blues", vmin=-0.6)
+    most = max(1.0, number.max())
+    for i in range(len(names)):
+        for j in range(len(names)):
+            dark = number[i, j] > most**0.8
+            text = f"{int(number[i, j])}" if number[i, j] > 0 else "–"
+            ax.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if dark else "0.25")
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_xlabel("rows that show both")
+    return ax
+
+
 def history(record: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Training and held-out loss of a fit against its steps."""
     if ax is None:

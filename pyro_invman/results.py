@@ -299,3 +299,107 @@ def optimum_dataset(
     columns |= {name: column(("start",), name, values) for name, values in starts.items()}
     columns |= {name: column(("step", "start"), name, values) for name, values in steps.items()}
     return xr.Dataset(columns, attrs=dict(attrs))
+
+
+# ---------------------------------------------------------------------------------------------- of a report
+def named_dataset(dim: str, records: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any]) -> xr.Dataset:
+    """Records that share their fields, over `dim` by name."""
+    fields = list(next(iter(records.values()), {}))
+    columns = {f: (dim, np.array([record[f] for record in records.values()])) for f in fields}
+    return xr.Dataset(columns, coords={dim: list(records)}, attrs=dict(attrs))
+
+
+def answers_dataset(
+    variables: Sequence[Variable],
+    cells: Mapping[str, np.ndarray],
+    levels: Sequence[float],
+    numbers: Mapping[str, np.ndarray],
+    labels: Mapping[str, Sequence[str]],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Questions with known answers over ("question", "target"), quantiles of what was said at `levels`.
+
+    Arguments:
+        cells: `truth` (N, n) and `quantiles` (N, n, levels).
+        numbers: (N,) each, of a question.
+        labels: N texts by kind.
+    """
+    dims = ("question", "target", "quantile")
+    names = [v.name for v in variables]
+    found = xr.Dataset(
+        {name: (dims[: each.ndim], each) for name, each in {**cells, **numbers}.items()},
+        coords={"target": names, "quantile": list(levels), "units": ("target", [v.units for v in variables])},
+        attrs=dict(attrs),
+    )
+    found["positive"] = ("target", np.array([v.support == "positive" for v in variables]))
+    found["discrete"] = ("target", np.array([v.discrete for v in variables]))
+    return found.assign_coords({kind: ("question", list(each)) for kind, each in labels.items()})
+
+
+def inventory_dataset(
+    variables: Variables, rows: Tensor, labels: Mapping[str, Sequence[str]], links: Tensor | None = None
+) -> xr.Dataset:
+    """What is measured where: cells over ``variable``, and over each kind of `labels`; patterns of measured cells over
+    ``pattern``, the most frequent first; with `links` (D, D), how many learned rows show each pair.
+
+    Arguments:
+        rows: natural units (N, D) with NaN.
+        labels: N names by kind, as "task" and "source".
+    """
+    shown = (~rows.isnan()).cpu().numpy()
+    patterns, number = np.unique(shown, axis=0, return_counts=True)
+    order = np.argsort(-number, kind="stable")
+    data: dict[str, Any] = {
+        "cells": ("variable", shown.sum(0), {"long_name": "cells measured"}),
+        "measured": (("pattern", "variable"), patterns[order]),
+        "rows": ("pattern", number[order], {"long_name": "rows with this pattern"}),
+    }
+    coords: dict[str, Any] = {"variable": list(variables.names)}
+    for field in ("role", "units", "support"):
+        coords[field] = ("variable", [str(getattr(v, field)) for v in variables])
+    for kind, each in labels.items():
+        names, place = np.unique(np.array(each, dtype=str), return_inverse=True)
+        cells = np.zeros((len(names), len(variables)), dtype=int)
+        np.add.at(cells, place, shown)
+        data[f"cells_by_{kind}"] = ((kind, "variable"), cells)
+        data[f"rows_of_{kind}"] = (kind, np.bincount(place, minlength=len(names)))
+        coords[kind] = names
+    if links is not None:
+        coords["other"] = list(variables.names)
+        data["links"] = (("variable", "other"), links.cpu().numpy(), {"long_name": "learned rows that show both"})
+    return xr.Dataset(data, coords=coords, attrs={"rows": len(shown)})
+
+
+def fingerprint_dataset(
+    tasks: Sequence[str],
+    known: Sequence[bool],
+    means: Tensor,
+    covariances: Tensor,
+    columns: Mapping[str, Sequence[Any]],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Beliefs about latents of tasks, `mean` (T, L) and `covariance` (T, L, L), and `columns` (T,) beside them."""
+    data: dict[str, Any] = {
+        "mean": (("task", "latent"), means.cpu().numpy(), {"units": "prior standard deviations"}),
+        "covariance": (("task", "latent", "other_latent"), covariances.cpu().numpy()),
+        "known": ("task", np.array(known, dtype=bool), {"long_name": "learned, not held out"}),
+    }
+    data |= {name: ("task", np.array(each)) for name, each in columns.items()}
+    return xr.Dataset(data, coords={"task": list(tasks)}, attrs=dict(attrs))
+
+
+def tree_of(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> xr.DataTree:
+    """Datasets by path under one root with `attrs`; texts are of variable length, which every store knows."""
+    groups = {path: _with_texts(ds) for path, ds in groups.items()}
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(attrs)), **groups})
+
+
+def _with_texts(ds: xr.Dataset) -> xr.Dataset:
+    texts = {n: xr.Variable(v.dims, v.values.astype(object), v.attrs) for n, v in ds.variables.items() if _is_text(v)}
+    return ds.assign_coords({n: v for n, v in texts.items() if n in ds.coords}).assign(
+        {n: v for n, v in texts.items() if n not in ds.coords}
+    )
+
+
+def _is_text(variable: xr.Variable) -> bool:
+    return bool(variable.dtype.kind == "U")

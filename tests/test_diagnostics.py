@@ -145,6 +145,16 @@ def test_a_row_of_a_task_is_asked_about_once_given_rows_before_it():
             known = place + 1
 
 
+def test_rows_of_which_nothing_is_given_are_asked_about_all_the_same():
+    ds = PROCESS.sample(30, seed=3)
+    ds["x1"].values[10:] = np.nan
+    asked = diagnostics.ask(PROCESS, ds, ["y1"], ["x1"])
+    blind = torch.tensor([label == "without x1" for label in asked.labels["pattern"]])
+    assert int(blind.sum()) == 20 and len(asked) == 30
+    torch.testing.assert_close(asked.log_prob[blind], asked.nothing[blind])
+    assert not torch.equal(asked.log_prob[~blind], asked.nothing[~blind])
+
+
 def test_strata_count_their_questions():
     process = HierarchicalLinearGaussian.random(seed=0)
     ds = process.sample(40, 8, seed=2, missing=0.2)

@@ -58,6 +58,8 @@ FLOORS = [
     ["diagnostics.calibration", "diagnostics.recalibration", "diagnostics.reference"],
     ["diagnostics.predictive", "diagnostics.verdict"],
     ["design.quasi", "design.region"],
+    ["diagnostics.page"],
+    ["diagnostics.report"],
     ["design.experiment", "design.readings", "design.particles"],
     ["design.guides"],
     ["design.proposals"],

@@ -64,3 +64,39 @@ def test_task_map_shows_the_directions_in_which_tasks_differ():
 def test_task_map_of_one_latent_dimension():
     ax = plots.task_map({"a": Fingerprint(torch.ones(1).double(), torch.eye(1).double(), 0.1)})
     assert abs(float(ax.lines[0].get_xdata()[0])) == 1 and float(ax.lines[0].get_ydata()[0]) == 0
+
+
+def test_bands_sort_their_setting():
+    setting = np.array([2.0, 0.0, 1.0])
+    quantiles = np.arange(5)[:, None] + 10 * setting
+    ax = plots.bands(setting, quantiles, ("time", "depth"), ("s", "um"), measured=(setting, setting), truth=setting)
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 2], [1, 12], [2, 22]])
+    assert ax.get_xlabel() == "time [s]" and ax.get_ylabel() == "depth [um]"
+    with pytest.raises(ValueError, match=r"expected \(5, 3\)"):
+        plots.bands(setting, quantiles[:3], ("time", "depth"))
+
+
+def test_calibration_draws_curves_less_the_diagonal():
+    from pyro_invman import diagnostics
+
+    d = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(80, 2), 1.0), 1)
+    curves = diagnostics.sbc(d, d.sample() + 3, names=["a", "b"])
+    ax = plots.calibration(curves)
+    lowest = [line.get_ydata().min() for line in ax.lines[:2]]
+    assert max(lowest) < -0.8  # all truths are higher than said
+    assert [line.get_label() for line in ax.lines[:2]] == ["a", "b"]
+    with pytest.raises(ValueError, match="stratum"):
+        plots.calibration(curves, "k: 3")
+
+
+def test_missingness_and_links_fill_what_was_measured():
+    patterns = xr.Dataset(
+        {"measured": (("pattern", "variable"), [[True, False], [True, True]]), "rows": ("pattern", [7, 2])},
+        coords={"variable": ["x", "y"]},
+    )
+    ax = plots.missingness(patterns)
+    np.testing.assert_array_equal(ax.images[0].get_array(), [[1, 0], [1, 1]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["7", "2"]
+    counts = xr.DataArray([[9, 0], [0, 4]], dims=("variable", "other"), coords={"variable": ["x", "y"]})
+    ax = plots.links(counts)
+    assert [t.get_text() for t in ax.texts] == ["9", "–", "–", "4"]

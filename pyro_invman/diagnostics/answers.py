@@ -329,6 +329,8 @@ class HeldOut:
             answerer = self.model if k is None else self.posterior(self.task_names[first], k)
             given = {self.variables[c].name: rows[:, c] for c in known if not bool(rows[:, c].isnan().all())}
             d = answerer.conditional([self.variables[columns[j]].name for j in shown], given)
+            if not d.batch_shape:  # nothing is given
+                d = d.expand(torch.Size((len(rows),)))
             found = d.sample(torch.Size((self.num_draws,))).reshape(self.num_draws, len(rows), -1)
             both = torch.cat([truth[places][:, shown].to(found).unsqueeze(0), found])
             scores[:, places] = d.log_prob(both).to(scores)

@@ -196,6 +196,7 @@ def conformal(asked: Answers, level: float = 0.9, seed: int = 0) -> Conformal:
     :math:`\max(l_n - t_n, t_n - h_n) / (h_n - l_n)`, and the stretch is its
     :math:`\lceil (N + 1) c \rceil`-th smallest. Of each task one question is taken at random, since those of a task are
     not exchangeable with those of another.
+
     Raises:
         DataError: too few tasks for the level, or a categorical target.
 
