@@ -9,6 +9,7 @@ from pyro_invman.density.queries import QueryMix
 from pyro_invman.density.velocity import Solver
 from pyro_invman.distributions import ConditionalFlow
 from pyro_invman.identification import UnidentifiedConditional
+from pyro_invman.inference_data import to_datatree
 from pyro_invman.information import MutualInformation
 from pyro_invman.joint import JointFlow
 from pyro_invman.saved import load
@@ -46,5 +47,6 @@ __all__ = [
     "load",
     "read",
     "simulators",
+    "to_datatree",
     "validate",
 ]

@@ -25,7 +25,7 @@ from pyro_invman.distributions import ConditionalFlow, stack_given
 from pyro_invman.identification import warn_of_unlinked
 from pyro_invman.information import MutualInformation, mutual_information
 from pyro_invman.learning import Lesson, Run, learn
-from pyro_invman.results import history_dataset
+from pyro_invman.results import history_dataset, rows_tree
 from pyro_invman.training import Schedule
 from pyro_invman.variables import ROLES, DataError, Standardization, Variable, Variables, unrounded
 
@@ -349,6 +349,22 @@ class JointFlow(PyroModule):
                 draws = d.sample(torch.Size((num_samples,))).to(filled)
                 filled[:, rows.unsqueeze(-1), columns] = draws
         return from_tensor(filled, self.variables, dims=("draw", "row"))
+
+    def to_datatree(self, ds: xr.Dataset, num_draws: int = 200, seed: int = 0) -> xr.DataTree:
+        """Of each row of `ds`, draws of its parameters given the rest of it ("posterior") and of its observations given
+        the rest of it ("posterior_predictive"), beside the data; dimensions ("chain", "draw", "row")."""
+        values = to_tensor(ds, self.variables)
+        found = []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for role in ("parameter", "observation"):
+                names = self.variables.with_role(role)
+                rest = {v.name: values[:, c] for c, v in enumerate(self.variables) if v.role != role}
+                draws = values.new_empty(num_draws, len(values), 0)
+                if names:
+                    draws = self._conditional(names, rest).expand(values.shape[:1]).sample(torch.Size((num_draws,)))
+                found.append(draws)
+        return rows_tree(self.variables, values, *found)
 
     # ------------------------------------------------------------------ keeping
     def _schema(self) -> dict[str, Any]:

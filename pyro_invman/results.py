@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_invman.training import Record
-from pyro_invman.variables import Variable, Variables
+from pyro_invman.variables import ROLES, Variable, Variables
 
 _MEANING = {
     "train_loss": ("mean loss of the batches since the last evaluation", "nat"),
@@ -65,6 +65,48 @@ def outlier_dataset(variables: Variables, evidence: Sequence[int], rows: Tensor,
     )
 
 
+Column = tuple[Sequence[str], Tensor, Mapping[str, Any]]
+"""Dimensions, values and attributes of an array."""
+
+
+def groups_tree(
+    groups: Mapping[str, Mapping[str, Column]], coords: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]
+) -> xr.DataTree:
+    """Groups of arrays as a tree that NetCDF, Zarr and ArviZ take; a group without an array is left out.
+
+    Arguments:
+        coords: names along dimensions; a group has those that its arrays lie along.
+        attrs: of the posterior.
+    """
+    found = {}
+    for group, columns in groups.items():
+        if not columns:
+            continue
+        arrays = {n: xr.Variable(dims, _cells(values), dict(notes)) for n, (dims, values, notes) in columns.items()}
+        along = {dim for array in arrays.values() for dim in array.dims}
+        names = {dim: xr.Variable(dim, _names(each)) for dim, each in coords.items() if dim in along}
+        found[f"/{group}"] = xr.Dataset(arrays, coords=names, attrs=dict(attrs) if group == "posterior" else {})
+    return xr.DataTree.from_dict(found)
+
+
+def _cells(values: Tensor) -> np.ndarray:
+    values = values.detach().cpu()
+    return np.asarray(values.double() if values.is_floating_point() else values)
+
+
+def _names(each: Sequence[Any]) -> np.ndarray:
+    # text of any length, which Zarr has a type for, rather than of the longest
+    names = np.asarray(list(each))
+    return names.astype(object) if names.dtype.kind in "US" else names
+
+
+def _column(variable: Variable, values: Tensor, dims: Sequence[str]) -> Column:
+    attrs: dict[str, Any] = {"units": variable.units, "role": variable.role}
+    if variable.discrete:
+        attrs["levels"] = list(variable.levels)
+    return dims, values.double(), attrs
+
+
 def inference_tree(
     variables: Variables,
     names: Sequence[str],
@@ -86,41 +128,54 @@ def inference_tree(
         evidence: the M columns that are evidence about a task; the others are constant data.
     """
     draws, _, dim = latent.shape
-    coords = {"chain": [0], "draw": np.arange(draws), "task": list(names)}
-    per_row = coords | {"row": np.arange(rows.shape[1])}
-
-    def column(c: int, values: Tensor, dims: tuple[str, ...]) -> xr.Variable:
-        variable: Variable = variables[c]
-        attrs = {"units": variable.units, "role": variable.role}
-        if variable.discrete:
-            attrs["levels"] = ", ".join(variable.levels)
-        return xr.Variable(dims, values.detach().cpu().double().numpy(), attrs)
-
-    settings = [c for c in range(len(variables)) if c not in set(evidence)]
+    coords = {
+        "chain": [0],
+        "draw": range(draws),
+        "task": list(names),
+        "latent": range(dim),
+        "row": range(rows.shape[1]),
+    }
     cells = ("task", "row")
-    only_cells = {name: per_row[name] for name in cells}
-    posterior = xr.Dataset(
-        {"z": (("chain", "draw", "task", "latent"), latent.detach().cpu().double().numpy()[None])},
-        coords=coords | {"latent": np.arange(dim)},
-        attrs=dict(attrs),
-    )
-    predictive = xr.Dataset(
-        {
-            variables[c].name: column(c, predicted[None, ..., m], ("chain", "draw", *cells))
+    settings = [c for c in range(len(variables)) if c not in set(evidence)]
+    z: Column = ("chain", "draw", "task", "latent"), latent.unsqueeze(0), {"units": "prior standard deviations"}
+    groups: dict[str, dict[str, Column]] = {
+        "posterior": {"z": z},
+        "posterior_predictive": {
+            variables[c].name: _column(variables[c], predicted[None, ..., m], ("chain", "draw", *cells))
             for m, c in enumerate(evidence)
         },
-        coords=per_row,
-    )
-    observed = xr.Dataset({variables[c].name: column(c, rows[..., c], cells) for c in evidence}, coords=only_cells)
-    constant = xr.Dataset({variables[c].name: column(c, rows[..., c], cells) for c in settings}, coords=only_cells)
-    return xr.DataTree.from_dict(
-        {
-            "/posterior": posterior,
-            "/posterior_predictive": predictive,
-            "/observed_data": observed,
-            "/constant_data": constant,
+        "observed_data": {variables[c].name: _column(variables[c], rows[..., c], cells) for c in evidence},
+        "constant_data": {variables[c].name: _column(variables[c], rows[..., c], cells) for c in settings},
+    }
+    return groups_tree(groups, coords, attrs)
+
+
+def rows_tree(variables: Variables, rows: Tensor, inferred: Tensor, predicted: Tensor) -> xr.DataTree:
+    """The same of rows apart (N, D): what their parameters may have been, and what their observations would be.
+
+    Arguments:
+        inferred: draws of the parameters (S, N, P), in the order of the columns, given all else that a row shows.
+        predicted: draws of the observations (S, N, M), given parameters and conditions.
+    """
+    coords = {"chain": [0], "draw": range(len(inferred)), "row": range(len(rows))}
+    of_role = {role: [c for c, v in enumerate(variables) if v.role == role] for role in ROLES}
+
+    def drawn(role: str, draws: Tensor) -> dict[str, Column]:
+        return {
+            variables[c].name: _column(variables[c], draws[None, ..., m], ("chain", "draw", "row"))
+            for m, c in enumerate(of_role[role])
         }
-    )
+
+    def shown(role: str) -> dict[str, Column]:
+        return {variables[c].name: _column(variables[c], rows[:, c], ("row",)) for c in of_role[role]}
+
+    groups = {
+        "posterior": drawn("parameter", inferred),
+        "posterior_predictive": drawn("observation", predicted),
+        "observed_data": shown("observation"),
+        "constant_data": shown("parameter") | shown("condition"),
+    }
+    return groups_tree(groups, coords, {"rows_are": "apart"})
 
 
 def curve_dataset(

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import xarray as xr
 
 from pyro_invman import load
 from pyro_invman.cli import held_out_report, main, quantile_rows
@@ -184,6 +185,20 @@ def test_rows_of_a_table_are_answered_each_by_its_own_cells(model, tmp_path, cap
     assert lines[0] == "row,power_W" and len(lines) == 6001 and lines[-1].startswith("2,")
     assert main(["infer", str(model), "--table", str(asked), "--given", "depth_um=90", "--targets", "power_W"]) == 1
     assert "row 0 says 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [".nc", ".zarr"])
+def test_draws_keep_their_units(model, tmp_path, kind, capsys):
+    asked, out = tmp_path / "asked.csv", tmp_path / f"draws{kind}"
+    asked.write_text("power_W\n200\n250\n")
+    ask = ["predict", str(model), "--given", "alloy=A", "--num-samples", "50"]
+    assert main([*ask, "--table", str(asked), "--out", str(out)]) == 0
+    how = {} if kind == ".nc" else {"engine": "zarr", "consolidated": False}
+    with xr.open_dataset(out, **how) as ds:
+        assert dict(ds.sizes) == {"draw": 50, "row": 2} and ds["depth_um"].attrs["units"] == "um"
+        assert ds["depth_um"].mean("draw").values == pytest.approx([100, 125], abs=3)
+    assert main([*ask, "--out", str(tmp_path / "draws.txt")]) == 1
+    assert "expected .csv, .nc or .zarr" in capsys.readouterr().err
 
 
 def test_predict_asks_for_what_is_observed(model, capsys):

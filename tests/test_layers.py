@@ -37,7 +37,7 @@ FLOORS = [
     ["density.conditional_law"],
     ["density.coupling"],
     ["distributions", "identification", "information", "declared", "tables", "data", "results"],
-    ["completion"],
+    ["completion", "inference_data"],
     ["learning"],
     ["joint", "transport", "simulators"],
     ["tasks.rows", "tasks.prior", "tasks.effects", "tasks.fingerprint"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pyro_invman.cli.questions import (
     rows_of,
     targets_of,
 )  # fmt: skip
-from pyro_invman.data import labels_of, to_tensor
+from pyro_invman.data import from_tensor, labels_of, to_tensor
 from pyro_invman.joint import JointFlow
 from pyro_invman.tasks.manifold import ProcessManifold
 from pyro_invman.variables import DataError, Variables
@@ -68,7 +69,15 @@ def _ask(arguments: argparse.Namespace, roles: tuple[str, ...]) -> None:
 
 
 def _write_draws(path: str, project: Project, variables: Variables, targets: list[str], draws: Tensor) -> None:
-    """Draws (S, n), or of rows (S, R, n), a line each."""
+    """Draws (S, n), or of rows (S, R, n): a line each, or arrays with units over "draw" and "row"."""
+    kind = Path(path).suffix.lower()
+    if kind in (".nc", ".zarr"):
+        asked = Variables(variables[variables.index(name)] for name in targets)
+        ds = from_tensor(draws, asked, ("draw", "row")[: draws.dim() - 1])
+        ds.to_netcdf(path) if kind == ".nc" else ds.to_zarr(path, mode="w", consolidated=False)
+        return
+    if kind != ".csv":
+        raise DataError(f"--out {path}: found the ending {kind!r}, expected .csv, .nc or .zarr")
 
     def cells(draw: Tensor) -> list[Any]:
         return [level(variables, name, float(cell)) for name, cell in zip(targets, draw.tolist(), strict=True)]

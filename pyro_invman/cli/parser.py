@@ -192,7 +192,7 @@ def _ask(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--table", metavar="TABLE", help="rows to answer, each given its own cells and --given")
     command.add_argument("--targets", metavar="NAME,…", help=f"what is asked for (default: all {what} not given)")
     command.add_argument("--num-samples", type=int, default=2000, help="draws")
-    command.add_argument("--out", metavar="FILE", help=".csv for the draws")
+    command.add_argument("--out", metavar="FILE", help="the draws: .csv, or .nc or .zarr with units")
     _of_task(command)
 
 
