@@ -60,7 +60,7 @@ FLOORS = [
     ["design.quasi", "design.region"],
     ["diagnostics.page"],
     ["diagnostics.report"],
-    ["design.experiment", "design.readings", "design.particles"],
+    ["design.experiment", "design.readings", "design.particles", "design.mixtures"],
     ["design.guides"],
     ["design.proposals"],
     ["design.nested", "design.variational"],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_invman import DataError
 from pyro_invman.design.gains import expected_gains
+from pyro_invman.design.mixtures import Mixtures
 from pyro_invman.design.particles import assimilate
 from pyro_invman.design.sequential import Search, Sequential
 from pyro_invman.design.told import total_information
@@ -135,6 +136,56 @@ def test_total_information_brackets_what_a_history_told() -> None:
     assert torch.allclose(upper, wanted, atol=0.05)
     few, _ = total_information(line, {"theta": theta}, designs, {"y": outcomes}, 10, seed=1)
     assert (few <= math.log(11) + 1e-5).all()
+
+
+def test_contrastive_draws_near_a_belief_close_the_bracket() -> None:
+    """So much is told that no draw of the prior explains it: bounds by the prior are empty, those near a belief are
+    not, whether the belief is right or twice too wide."""
+    generator, noise = torch.Generator().manual_seed(0), 1e-3
+
+    def precise(designs: Tensor) -> None:
+        with pyro.plate_stack("leading", designs.shape[:2]):
+            slope = pyro.sample("slope", dist.LogNormal(0.0, 1.0))
+            level = pyro.sample("level", dist.Normal(0.0, 2.0))
+            pyro.sample("y", dist.Normal(slope.log() * designs[..., 0] + level * designs[..., 1], noise))
+
+    theta = torch.tensor([1.0, 2.0]) * torch.randn(5, 2, generator=generator)
+    designs = torch.randn(5, 4, 2, generator=generator)
+    outcomes = (designs @ theta.unsqueeze(-1)).squeeze(-1) + noise * torch.randn(5, 4, generator=generator)
+    latents = {"slope": theta[:, 0].exp(), "level": theta[:, 1]}
+    law = designs.double()
+    prior = torch.diag(torch.tensor([1.0, 0.25]).double())
+    precision = prior + law.mT @ law / noise**2
+    mean = torch.linalg.solve(precision, (law.mT @ outcomes.double().unsqueeze(-1)) / noise**2).squeeze(-1)
+    told = torch.distributions.Normal((law @ theta.double().unsqueeze(-1)).squeeze(-1), noise).log_prob(outcomes)
+    covariance = law @ torch.linalg.inv(prior) @ law.mT + noise**2 * torch.eye(4)
+    wanted = told.sum(-1) - torch.distributions.MultivariateNormal(torch.zeros(5, 4).double(), covariance).log_prob(
+        outcomes.double()
+    )
+    root = torch.linalg.cholesky(torch.linalg.inv(precision))
+    lower, upper = total_information(precise, latents, designs, {"y": outcomes}, 2000, seed=1)
+    assert (lower < wanted - 3).all() and (upper > wanted + 3).all()
+    for width in (1.0, 2.0):
+        draws = torch.randn(5, 2, 1000, generator=generator).double()
+        belief = (mean.unsqueeze(1) + width * (root @ draws).mT).float()
+        lower, upper = total_information(precise, latents, designs, {"y": outcomes}, 20_000, seed=1, belief=belief)
+        assert torch.allclose(lower.double(), wanted, atol=0.05) and torch.allclose(upper.double(), wanted, atol=0.05)
+    with pytest.raises(DataError, match="belief has shape"):
+        total_information(precise, latents, designs, {"y": outcomes}, 10, belief=belief[:3])
+
+
+def test_a_mixture_keeps_the_modes_of_its_cloud() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clouds = torch.randn(3, 2000, 2, generator=generator) * torch.tensor([0.01, 3.0])
+    clouds[:, :500] += torch.tensor([1.0, 0.0])
+    found = Mixtures.fit(clouds, 6, generator)
+    drawn = found.sample(20_000, generator)
+    assert torch.allclose((drawn[..., 0] > 0.5).float().mean(1), torch.tensor(0.25), atol=0.02)
+    assert bool(((drawn[..., 0] < 0.1) | (drawn[..., 0] > 0.9)).all())
+    x = torch.linspace(-0.2, 1.2, 2001)
+    grid = torch.stack(torch.meshgrid(x, torch.linspace(-16, 16, 161), indexing="ij"), -1).reshape(1, -1, 2)
+    mass = found.log_prob(grid.expand(3, -1, -1)).exp().sum(1) * (x[1] - x[0]) * 0.2
+    assert torch.allclose(mass, torch.ones(3), atol=0.01)
 
 
 def test_taken_up_from_disk_it_goes_on_as_if_undisturbed(tmp_path: Path) -> None:

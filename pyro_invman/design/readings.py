@@ -110,6 +110,7 @@ class Reading(Messenger):
             if name not in self._given:
                 raise DataError(f"no value for the latent site {name!r}, found {sorted(self._given)}")
             value = self._given[name].expand(law.shape())
+            self._pieces.append(bijection.inv(value).reshape(*self._lead, -1))
         elif self._real is None:
             value = law.sample()
             if value.shape[:2] != self._lead:
@@ -138,7 +139,7 @@ class Reading(Messenger):
 
     @property
     def coordinates(self) -> Tensor:
-        """Latents drawn, as real coordinates (B, N, d)."""
+        """Latents drawn or given by name, as real coordinates (B, N, d)."""
         return torch.cat(self._pieces, -1)
 
     @property
