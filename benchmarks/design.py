@@ -3,8 +3,9 @@ r"""Expected information gain of classic models: ``python -m benchmarks.design``
 Three linear-Gaussian problems with closed forms, each in one second: an A/B test, a regression in 20 dimensions, and
 mixed effects whose fixed effects alone are asked for. Two others in ten: a preference heard through a censored sigmoid,
 whose truth is an integral over one normal, and a choice that is to tell about another choice, by quadrature over two.
-Beside them, in the same run and for at least as many seconds, `pyro.contrib.oed`'s nested Monte Carlo, its only
-estimator that asks for no guide. Untuned: every problem is asked as it stands.
+Beside them, in the same run, `pyro.contrib.oed`: its nested Monte Carlo for as many seconds of the processor, and on
+the linear-Gaussian problems its four guided estimators for ten, untuned and tuned by hand (see `design_peers`). Every
+problem is asked here as it stands. Then designs are climbed to, beside optima that are known (see `design_optima`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.contrib.oed.eig import nmc_eig
 from torch import Tensor
 
+from benchmarks import design_optima, design_peers
 from benchmarks.sbi import machine, versions
 from pyro_invman.design import expected_information_gain
 
@@ -36,13 +36,16 @@ _F64 = torch.float64
 
 
 class Problem(NamedTuple):
-    """A model at designs (C, ...), what is asked of it, the truth (C,), and seconds allowed."""
+    """A model at designs (C, ...), what is asked of it, the truth (C,), and seconds allowed; the spread of its prior
+    where it is linear, and what its nuisances add."""
 
     model: Callable[[Tensor], None]
     designs: Tensor
     target: str
     exact: Tensor
     seconds: float
+    prior: Tensor | None = None
+    nuisances: Tensor | None = None
 
 
 def _linear(x: Tensor, prior: Tensor, noise: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def ab_test() -> Problem:
             theta = pyro.sample("theta", dist.Normal(torch.zeros(2), EFFECTS).to_event(1))
             pyro.sample("y", dist.Normal((designs @ theta.unsqueeze(-1)).squeeze(-1), 1.0).to_event(1))
 
-    return Problem(model, x, "theta", _linear(x, EFFECTS.square().diag(), torch.eye(PEOPLE)), 1.0)
+    return Problem(model, x, "theta", _linear(x, EFFECTS.square().diag(), torch.eye(PEOPLE)), 1.0, EFFECTS)
 
 
 def regression() -> Problem:
@@ -73,7 +76,7 @@ def regression() -> Problem:
             theta = pyro.sample("theta", dist.Normal(torch.zeros(20), 1.0).to_event(1))
             pyro.sample("y", dist.Normal((designs @ theta.unsqueeze(-1)).squeeze(-1), 0.5).to_event(1))
 
-    return Problem(model, x, "theta", _linear(x, torch.eye(20), 0.25 * torch.eye(10)), 1.0)
+    return Problem(model, x, "theta", _linear(x, torch.eye(20), 0.25 * torch.eye(10)), 1.0, torch.ones(20))
 
 
 def mixed_effects() -> Problem:
@@ -91,7 +94,7 @@ def mixed_effects() -> Problem:
             pyro.sample("y", dist.Normal(mean, 1.0).to_event(1))
 
     noise = 9 * person @ person.mT + torch.eye(2 * PEOPLE)
-    return Problem(model, x, "theta", _linear(x, EFFECTS.square().diag(), noise), 1.0)
+    return Problem(model, x, "theta", _linear(x, EFFECTS.square().diag(), noise), 1.0, EFFECTS, person)
 
 
 class CensoredSigmoid(dist.TorchDistribution):
@@ -140,12 +143,17 @@ def preference() -> Problem:
             theta = pyro.sample("theta", dist.Normal(-20.0, 20.0))
             pyro.sample("y", CensoredSigmoid(designs - theta, 0.25 * (1 + designs.abs()).sqrt()))
 
+    return Problem(model, designs, "theta", preference_gain(designs), 10.0)
+
+
+def preference_gain(designs: Tensor) -> Tensor:
+    """The exact gain (C,), in double precision."""
     d, z = designs.double(), torch.linspace(-9, 9, 20_001, dtype=_F64)
     weight = torch.exp(-0.5 * z.square())
     scale = 0.25 * (1 + d.abs()).sqrt()
     each = _censored_entropy(d - (20 * z - 20).unsqueeze(-1), scale)
     given = (weight.unsqueeze(-1) * each).sum(0) / weight.sum()
-    return Problem(model, designs, "theta", _censored_entropy(d + 20, (400 + scale.square()).sqrt()) - given, 10.0)
+    return _censored_entropy(d + 20, (400 + scale.square()).sqrt()) - given
 
 
 def extrapolation() -> Problem:
@@ -179,6 +187,7 @@ PROBLEMS = {
 
 
 def ours(problem: Problem, seed: int) -> dict[str, float]:
+    began = time.process_time()
     found = expected_information_gain(
         problem.model, problem.designs, "y", problem.target, max_seconds=problem.seconds, tolerance=1e-3, seed=seed
     )
@@ -189,57 +198,120 @@ def ours(problem: Problem, seed: int) -> dict[str, float]:
         "width": float((upper - lower).mean()),
         "widest": float((upper - lower).max()),
         "seconds": float(found.attrs["seconds"]),
+        "cpu_seconds": time.process_time() - began,
     }
 
 
-def nested(problem: Problem, seed: int) -> dict[str, float]:
-    """Pyro's nested Monte Carlo, doubled until it has had as many seconds."""
-    outer, spent = 64, 0.0
-    while True:
-        pyro.set_rng_seed(seed)
-        began = time.monotonic()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            found = nmc_eig(problem.model, problem.designs, "y", problem.target, N=outer, M=int(math.sqrt(outer)))
-        spent = time.monotonic() - began
-        if spent >= problem.seconds or outer >= 2**17:
-            return {"rmse": float((found.double() - problem.exact).square().mean().sqrt()), "seconds": spent}
-        outer *= 2
+def rivals(problem: Problem, estimators: list[str], seeds: int, seconds: float) -> dict[str, Any]:
+    """`pyro.contrib.oed`; on linear-Gaussian problems with its guided estimators."""
+    nested = [design_peers.nested(problem, seed, problem.seconds) for seed in range(seeds)]
+    if problem.nuisances is not None:
+        nested += [design_peers.nested(problem, seed, problem.seconds, True) for seed in range(seeds)]
+    if problem.prior is None:
+        return {"nested": nested}
+    linear = design_peers.Linear(problem.model, problem.designs, problem.prior, problem.nuisances, problem.exact)
+    return {"nested": nested} | design_peers.contest(linear, estimators, seeds, seconds)
 
 
-def table(cells: dict[str, Any]) -> str:
+def merged(before: dict[str, Any], now: dict[str, Any], estimators: list[str]) -> dict[str, Any]:
+    """A problem's records with those of other estimators that were kept."""
+    kept = {
+        kind: [one for one in before.get(kind, []) if one["estimator"] not in estimators] + now[kind]
+        for kind in ("untuned", "tuning", "by hand")
+        if kind in now
+    }
+    return now | kept
+
+
+def _mean(records: list[dict[str, float]], key: str) -> float:
+    return sum(record[key] for record in records) / len(records)
+
+
+def gain_table(cells: dict[str, Any]) -> str:
     """Means over seeds."""
-    lines = ["| problem | RMSE, nats | truth inside the limits | mean width, nats | widest | seconds "
-             "| pyro, nested Monte Carlo: RMSE | seconds |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| problem | RMSE, nats | truth inside the limits | mean width, nats | widest | seconds (CPU) "
+             "| pyro, nested Monte Carlo: RMSE | CPU s |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, cell in cells.items():
-        own = {k: sum(one[k] for one in cell["ours"]) / len(cell["ours"]) for k in cell["ours"][0]}
-        rival = {k: sum(one[k] for one in cell["nested"]) / len(cell["nested"]) for k in cell["nested"][0]}
+        own = {k: _mean(cell["ours"], k) for k in cell["ours"][0]}
+        plain = [one for one in cell["nested"] if one["setting"] == "as it stands"]
         lines.append(
             f"| {name} | {own['rmse']:.4f} | {own['inside']:.1%} | {own['width']:.4f} | {own['widest']:.4f} "
-            f"| {own['seconds']:.1f} | {rival['rmse']:.3f} | {rival['seconds']:.1f} |"
+            f"| {own['seconds']:.1f} ({own['cpu_seconds']:.1f}) | {_mean(plain, 'rmse'):.3f} "
+            f"| {_mean(plain, 'cpu_seconds'):.1f} |"
         )
-    return "\n".join(lines) + f"\n\n{len(cell['ours'])} seeds, {len(cell['nested'])} of the rival's.\n"
+    return "\n".join(lines) + f"\n\n{len(cell['ours'])} seeds, {len(plain)} of the rival's.\n"
+
+
+def contest_table(cells: dict[str, Any]) -> str:
+    """Each guided estimator of `pyro.contrib.oed`, the better of its untuned settings and the one tuned by hand."""
+    told = {name: cell for name, cell in cells.items() if "by hand" in cell}
+    head = "| RMSE over designs, nats | " + " | ".join(f"{name}, untuned | by hand" for name in told) + " |"
+    lines = [head, "|---" * (1 + 2 * len(told)) + "|"]
+    best: dict[str, list[float]] = {name: [math.inf, math.inf] for name in told}
+    for estimator in design_peers.ESTIMATORS:
+        row = []
+        for name, cell in told.items():
+            for k, kind in enumerate(("untuned", "by hand")):
+                settings = design_peers.errors(cell[kind], estimator)
+                if not settings:
+                    row.append("–")
+                    continue
+                setting = min(settings, key=lambda s: settings[s])
+                best[name][k] = min(best[name][k], settings[setting])
+                row.append(f"{settings[setting]:.3g} ({setting})")
+        lines.append(f"| `{estimator}_eig` | " + " | ".join(row) + " |")
+    nested = []
+    for cell in told.values():
+        found = design_peers.errors(cell["nested"], "nmc")
+        nested += [", ".join(f"{error:.3g} ({setting})" for setting, error in found.items()), "–"]
+    lines.append("| `nmc_eig` | " + " | ".join(nested) + " |")
+    lines.append("| best | " + " | ".join(f"{error:.3g}" for name in told for error in best[name]) + " |")
+    here = " | ".join(f"{_mean(cell['ours'], 'rmse'):.2g} | –" for cell in told.values())
+    spent = " | ".join(f"{_mean(cell['ours'], 'cpu_seconds'):.1f} | –" for cell in told.values())
+    theirs = " | ".join(
+        f"{_mean(cell[k], 'cpu_seconds'):.1f}" for cell in told.values() for k in ("untuned", "by hand")
+    )
+    lines += [f"| here, untuned | {here} |", f"| CPU s, theirs | {theirs} |", f"| CPU s, here | {spent} |"]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the problems; the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.design", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--optima", nargs="*", choices=design_optima.OPTIMA, default=list(design_optima.OPTIMA))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rivals", nargs="*", choices=design_peers.ESTIMATORS, default=list(design_peers.ESTIMATORS))
     parser.add_argument("--rival-seeds", type=int, default=2)
+    parser.add_argument("--rival-seconds", type=float, default=10.0, help="of the processor, for a guided estimator")
     parser.add_argument("--out", type=Path, default=RESULTS / "design.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"machine": machine(), "versions": versions("invman"), "cells": {}}
+    found: dict[str, Any] = {"cells": {}, "optima": {}}
+    if arguments.out.exists():
+        found |= json.loads(arguments.out.read_text())
+    found |= {"machine": machine(), "versions": versions("invman")}
+
+    def keep() -> None:
+        order = {k: found["cells"][k] for k in PROBLEMS if k in found["cells"]}
+        told = [gain_table(order)] if order else []
+        told += [contest_table(order)] if any("by hand" in cell for cell in order.values()) else []
+        told += [design_optima.table(found["optima"])] if found["optima"] else []
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text("\n".join(told))
+        print("\n".join(told), flush=True)
+
     for name in arguments.problems:
         problem = PROBLEMS[name]()
-        found["cells"][name] = {
-            "ours": [ours(problem, seed) for seed in range(arguments.seeds)],
-            "nested": [nested(problem, seed) for seed in range(arguments.rival_seeds)],
-        }
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(found["cells"]))
-        print(table(found["cells"]), flush=True)
+        own = [ours(problem, seed) for seed in range(arguments.seeds)]
+        theirs = rivals(problem, arguments.rivals, arguments.rival_seeds, arguments.rival_seconds)
+        before = found["cells"].get(name, {})
+        found["cells"][name] = merged(before, {"ours": own} | theirs, arguments.rivals)
+        keep()
+    gains = {"preference": (preference, preference_gain)}
+    for name in arguments.optima:
+        found["optima"][name] = design_optima.climbed(name, gains, arguments.seeds)
+        keep()
     return 0
 
 

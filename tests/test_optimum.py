@@ -67,8 +67,10 @@ def test_an_interior_optimum_with_its_bracket() -> None:
     best = 0.5 * math.log1p((BEST_NOISE / 0.4) ** 2)
     assert float(found.lower) <= best + 1e-4 and float(found.upper) >= best - 1e-4
     assert float(found.upper - found.lower) < 0.05
-    assert (torch.as_tensor(found.ended.values) - BEST_NOISE).abs().max() < 0.05  # every start found it
-    assert dict(found.sizes) == {"start": 8, "step": 100}
+    assert (torch.as_tensor(found.ended.values) - BEST_NOISE).abs().max() < 0.1  # every start found it
+    assert dict(found.sizes) == {"start": 9, "step": 100}
+    # the best went on: three of nine, after three fifths of the steps
+    assert found.bound.notnull().sum("start").values.tolist() == [9] * 60 + [3] * 40
     assert found.attrs["method"] == "vnmc" and found.attrs["bounds"] == "both"
 
 
@@ -254,10 +256,10 @@ def test_gradients_that_are_not_finite_are_counted() -> None:
     asked: dict[str, Any] = {"bounds": (0.0, 9.0), "num_steps": 60}
     found = optimize(root, torch.tensor(0.0), "y", "slope", num_starts=4, **asked)
     # √d / (0.5 + 0.2 d) is highest at 2.5; at 0 its slope is infinite, and that start stays there
-    assert found.non_finite_gradients.values.tolist() == [60, 0, 0, 0]
+    assert found.non_finite_gradients.values.tolist() == [36, 0, 0, 0]
     assert float(found.ended[0]) == 0.0
     assert abs(float(found.design) - 2.5) < 0.2
-    with pytest.raises(DataError, match="in none of 60 steps"):
+    with pytest.raises(DataError, match="in none of 36 steps"):
         optimize(root, torch.tensor(0.0), "y", "slope", num_starts=1, **asked)
 
 

@@ -20,8 +20,10 @@ from pyro_invman.variables import DataError
 if TYPE_CHECKING:
     import xarray as xr
 
-_STARTS = 8
-_FIRST = 0.05  # first step, in widths of the box; they fall to nothing along a half cosine
+_STARTS = (8, 32)  # in a box: the first, and one more for each number of the design, at most the second
+_EXPLORING = 0.6  # share of the steps that all starts take; the best go on
+_KEPT = 4  # of so many starts one goes on, with as many times the draws
+_STEP = (0.05, 0.00625)  # first steps of the two, in widths of the box; they fall to nothing along a half cosine
 _DECAY = (0.9, 0.99)  # of the means of gradients and of their squares
 _CLIMBING = 0.6  # share of the time, before ends are compared
 _COMPARING = 0.5  # share of the time that is left then
@@ -39,7 +41,7 @@ def optimize(
     constraint: Callable[[Tensor], Tensor] | None = None,
     num_starts: int | None = None,
     num_steps: int = 200,
-    num_samples: int = 128,
+    num_samples: int = 64,
     max_seconds: float | None = None,
     method: str = "auto",
     tolerance: float = 0.01,
@@ -53,10 +55,11 @@ def optimize(
 
     A are the moving means of Adam, P the projection onto the allowed designs D, :math:`\hat I` a lower bound on I
     from fresh quasi-random draws at each step, the same for all starts; its gradient is exact where outcomes can be
-    counted, pathwise where they can be differentiated through, and a score with a control variate elsewhere (see
-    :class:`pyro_invman.design.slope.Slope`). All starts climb in one pass of the model. Where they ended is compared
-    by :func:`expected_information_gain` on fresh draws, and the best is asked again on others, so that neither the
-    ascent nor the choice makes its gain look higher than it is.
+    counted, pathwise where they can be differentiated through, and a score with a control variate
+    elsewhere (see :class:`pyro_invman.design.slope.Slope`). All starts climb in one pass of the model; after three
+    fifths of the steps the best quarter goes on, with four times the draws and an eighth of the step. Where all ended
+    is compared by :func:`expected_information_gain` on fresh draws, and the best is asked again on others, so that
+    neither the ascent nor the choice makes its gain look higher than it is.
 
     A batch of q points is one design of shape (q, ...): its gain is joint, so that near duplicates count once.
 
@@ -70,9 +73,10 @@ def optimize(
         constraint: a projection, from designs (C, *design_shape) to the nearest allowed ones, onto a convex set; with
             bounds the nearest design of both is taken (Dykstra's algorithm). Every number of the design is measured
             alike then, so units should be comparable.
-        num_starts: how many starts, quasi-random in the box but for the first; 8 with finite bounds, else 1.
+        num_starts: how many starts, quasi-random in the box but for the first; with finite bounds 8 and one for each
+            number of the design, 32 at most, else 1.
         num_steps: steps at most.
-        num_samples: draws a design and step.
+        num_samples: draws a design and step, at first.
         max_seconds: wall time at most, for the ascent and both evaluations. Without it the result depends on the seed
             alone.
         method: of the ascent: ``auto``, ``enumeration``, ``vnmc``, ``contrastive``, ``posterior`` or ``infonce``.
@@ -85,7 +89,8 @@ def optimize(
         ``design`` (*design_shape) with its ``eig``, ``lower``, ``upper``, ``std_error`` and ``non_finite``, as
         :func:`expected_information_gain` has them; over ``start`` where each ``began`` and ``ended``, ``ended_eig``
         with ``ended_std_error``, and ``non_finite_gradients``, the steps that were not taken; over ``step`` and
-        ``start`` the ``bound`` and the ``path``. In its attributes the methods, and what was spent.
+        ``start`` the ``bound`` (NaN where a start was given up) and the ``path``. In its attributes the methods, and
+        what was spent.
 
     Raises:
         DataError: see :class:`pyro_invman.design.Experiment` and :class:`pyro_invman.design.region.Region`; a design
@@ -120,13 +125,13 @@ def optimize(
     if max_seconds is not None and not max_seconds > 0:
         raise DataError(f"max_seconds: found {max_seconds}, expected more than 0")
     region = Region(initial_design, bounds, constraint)
-    starts = region.starts(num_starts or (_STARTS if region.boxed else 1), seed)
+    several = min(_STARTS[0] + initial_design.numel(), _STARTS[1]) if region.boxed else 1
+    starts = region.starts(num_starts or several, seed)
     asked: dict[str, Any] = {"vectorized": vectorized, "guide": guide}
     experiment = Experiment(model, starts, observation_labels, target_labels, seed=seed, **asked)
     with isolated(seed):
         slope = Slope(experiment, method, num_samples)
-        limit = math.inf if max_seconds is None else _CLIMBING * max_seconds
-        climbed = _climbed(slope, region, num_steps, began, limit)
+        climbed = _climbed(slope, region, starts, num_steps, math.inf if max_seconds is None else max_seconds, began)
 
     def evaluated(designs: Tensor, share: float, stream: int, **more: Any) -> xr.Dataset:
         if max_seconds is not None:
@@ -176,8 +181,32 @@ class _Climbed(NamedTuple):
     non_finite: Tensor
 
 
-def _climbed(slope: Slope, region: Region, num_steps: int, began: float, limit: float) -> _Climbed:
-    designs = slope.experiment.designs
+def _climbed(
+    slope: Slope, region: Region, starts: Tensor, num_steps: int, max_seconds: float, began: float
+) -> _Climbed:
+    """All starts climb, then the best of them on, by smaller steps and more draws."""
+    exploring = max(1, round(_EXPLORING * num_steps))
+    limit = _CLIMBING * max_seconds
+    first = _ascent(slope, region, starts, exploring, _STEP[0], began, _EXPLORING * limit)
+    last = first.bounds[-max(1, len(first.bounds) // 5) :].mean(0).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    kept = last.topk(math.ceil(len(starts) / _KEPT)).indices.sort().values
+    if num_steps == exploring:
+        return first
+    best = first.path[-1, kept]
+    slope.focus(best, slope.num_samples * len(starts) // len(kept))
+    left = max(limit - (time.monotonic() - began), 1e-9)
+    second = _ascent(slope, region, best, num_steps - exploring, _STEP[1], time.monotonic(), left)
+    bounds = second.bounds.new_full((len(second.bounds), len(starts)), torch.nan)
+    bounds[:, kept] = second.bounds
+    path = first.path[-1].repeat(len(second.bounds), *[1] * starts.dim())
+    path[:, kept] = second.path[1:]
+    non_finite = first.non_finite.index_add(0, kept, second.non_finite)
+    return _Climbed(torch.cat([first.bounds, bounds]), torch.cat([first.path, path]), non_finite)
+
+
+def _ascent(
+    slope: Slope, region: Region, designs: Tensor, num_steps: int, step_size: float, began: float, limit: float
+) -> _Climbed:
     path, bounds = [designs], []
     mean, square = torch.zeros_like(designs), torch.zeros_like(designs)
     taken = torch.zeros(len(designs), dtype=torch.long)
@@ -205,7 +234,7 @@ def _climbed(slope: Slope, region: Region, num_steps: int, began: float, limit: 
         height = mean / (1 - _DECAY[0] ** count)
         length = (square / (1 - _DECAY[1] ** count)).sqrt().clamp_min(1e-12)
         progress = max(step / num_steps, (time.monotonic() - began) / limit)
-        size = _FIRST * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        size = step_size * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         designs = region.projected(torch.where(move, designs + size * region.scale * height / length, designs))
         path.append(designs)
         if progress >= 1:

@@ -18,6 +18,7 @@ from pyro_invman.variables import DataError
 METHODS = ("auto", "enumeration", "vnmc", "contrastive", "posterior", "infonce")
 _AT_ONCE = 2**21  # numbers a pass of the model whose graph is kept
 _PILOT = 512  # draws that proposals are fitted to, more where there are many sites
+_DEAR = 2**21  # numbers a step, beyond which points are no longer added
 _POINTS = (16, 64, 256, 1024)  # inner points, the first with which the sides lie close
 _CLOSE = 0.03  # nats
 _TRIAL = 32  # draws by which that is told
@@ -62,12 +63,9 @@ class Slope:
             if self.name == "enumeration":
                 self.gain = EnumeratedGain(experiment, self.structure)
             elif self.name in ("vnmc", "contrastive"):
-                self._choose_points()
+                self._choose_points(experiment)
         common = experiment.vectorized and self.name != "infonce"  # whose contrasts must be independent
         self.quasi = QuasiRandom(common=True) if common else None
-        numbers = sum(site.shape.numel() for site in experiment.sites.values()) * experiment.num_candidates
-        self.chunks = max(1, math.ceil(numbers * max(1, self.points) * num_samples / _AT_ONCE))
-        self.chunks = min(self.chunks, max(1, num_samples // 8))
 
     def __call__(self, designs: Tensor) -> tuple[Tensor, Tensor]:
         """The bound (C,) at designs (C, *design_shape), and its gradient, of their shape."""
@@ -76,9 +74,12 @@ class Slope:
             with torch.no_grad():
                 self.gain = self._fitted(self.experiment.at(designs.detach()))
         total = torch.zeros(len(designs), dtype=torch.float64)
-        for _ in range(self.chunks):
+        numbers = sum(site.shape.numel() for site in self.experiment.sites.values()) * len(designs)
+        chunks = math.ceil(numbers * max(1, self.points) * self.num_samples / _AT_ONCE)
+        chunks = max(1, min(chunks, self.num_samples // 8))
+        for _ in range(chunks):
             with torch.enable_grad():
-                bound = self._bound(self.experiment.at(leaf), self.num_samples // self.chunks)
+                bound = self._bound(self.experiment.at(leaf), self.num_samples // chunks)
                 if not bound.requires_grad:
                     raise DataError(
                         f"{', '.join(self.experiment.outcomes)}: no gradient reaches the design; outcomes that are "
@@ -88,7 +89,7 @@ class Slope:
             total += bound.detach()
         self.calls += 1
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        return total / self.chunks, gradient / self.chunks
+        return total / chunks, gradient / chunks
 
     # ------------------------------------------------------------------ choosing
     def _chosen(self, method: str) -> str:
@@ -111,24 +112,36 @@ class Slope:
             raise DataError("method 'posterior': the targets have no explicit prior over real numbers; use 'auto'")
         return method
 
-    def _choose_points(self) -> None:
-        """The proposal with which the sides lie closest, and how many points of it bring them close enough."""
-        trial = self.experiment.draw(_TRIAL if self.experiment.vectorized else 4)
+    def focus(self, designs: Tensor, num_samples: int) -> None:
+        """Goes on with fewer designs (C', *design_shape) and more draws of each; points are chosen anew for them."""
+        self.num_samples = num_samples
+        if isinstance(self.gain, NestedGain):
+            with torch.no_grad():
+                self._choose_points(self.experiment.at(designs))
+        if self.name != "enumeration":
+            self.gain = None
+
+    def _choose_points(self, experiment: Experiment) -> None:
+        """The proposal with which the sides lie closest at every design, and how many points bring them close."""
+        trial = experiment.draw(_TRIAL if experiment.vectorized else 4)
+        weight = trial.log_weight.softmax(0)
+        size = sum(site.shape.numel() for site in experiment.sites.values()) * weight.shape[1] * self.num_samples
         gaps: dict[int, float] = {}
-        for points in _POINTS if self.experiment.vectorized else _POINTS[:1]:
+        for points in _POINTS if experiment.vectorized else _POINTS[:1]:
+            if gaps and points * size > _DEAR:
+                break
             self.points = points
             for components in (0,) if self.name == "contrastive" else (1, 0, _COMPONENTS):
                 self.components = components
-                low, high = self._fitted(self.experiment).sides(trial, self.points)
-                weight = trial.log_weight.softmax(0)
-                gap = (weight * (high - low)).sum(0).mean().item()
+                low, high = self._fitted(experiment).sides(trial, points)
+                gap = (weight * (high - low)).sum(0).max().item()
                 gaps[components] = gap if math.isfinite(gap) else math.inf
                 if gap <= _CLOSE:
                     return
         self.components = min(gaps, key=lambda k: gaps[k])
 
     def _stale(self) -> bool:
-        if self.gain is None or not self.calls:
+        if self.gain is None:
             return True
         if self.name == "contrastive" or self.components == 0:
             return False
