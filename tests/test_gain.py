@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
 import pyro_invman as pim
@@ -180,3 +182,121 @@ def test_an_outcome_without_a_density_at_a_design_is_refused() -> None:
 
     with pytest.raises(DataError, match="y"):
         expected_information_gain(gone, torch.arange(3.0), "y", "theta")
+
+
+# ------------------------------ where pyro.contrib.oed fails: there each of these is an error or a wrong number
+def two_bumps(designs: Tensor) -> None:
+    """A prior that knows no entropy: a mixture."""
+    with pyro.plate_stack("designs", designs.shape[:2]):
+        bumps = dist.Normal(torch.tensor([-2.0, 2.0]), 0.5)
+        theta = pyro.sample("theta", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), bumps))
+        pyro.sample("y", dist.Normal(theta * designs, 0.5))
+
+
+def test_a_prior_without_an_entropy() -> None:
+    designs = torch.tensor([0.2, 1.0])
+    found = expected_information_gain(two_bumps, designs, "y", "theta", num_samples=8192)
+    y = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    for c, d in enumerate(designs.double()):
+        scale = (0.25 * d.square() + 0.25).sqrt()
+        density = 0.5 * sum(dist.Normal(m * d, scale).log_prob(y).exp() for m in (-2.0, 2.0))
+        entropy = float(torch.trapezoid(torch.special.entr(density), y))
+        exact = entropy - 0.5 * math.log(2 * math.pi * math.e * 0.25)
+        assert float(found.lower[c]) - 1e-3 <= exact <= float(found.upper[c]) + 1e-3
+        assert abs(float(found.eig[c]) - exact) < 0.03
+
+
+def ladder(designs: Tensor) -> None:
+    """Targets that depend on one another, so that their entropy is no sum of the sites' own."""
+    with pyro.plate_stack("designs", designs.shape[:2]):
+        wide = pyro.sample("wide", dist.Exponential(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, 0.1 + wide))
+        pyro.sample("y", dist.Normal(theta * designs, 0.5))
+
+
+def told_by_ladder(design: float) -> float:
+    """The outcome tells of both targets what it tells of θ, by quadrature over the width."""
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    variance = ((0.1 - (1 - u).log()) * design).square() + 0.25
+    y = torch.linspace(-80, 80, 40_001, dtype=torch.float64)
+    density = torch.stack([dist.Normal(0.0, variance.sqrt()).log_prob(each).exp().mean() for each in y[::4]])
+    return float(torch.trapezoid(torch.special.entr(density), y[::4])) - 0.5 * math.log(2 * math.pi * math.e * 0.25)
+
+
+def test_a_hierarchical_prior_is_not_told_from_one_draw() -> None:
+    """Two calls differ by their errors, and both hold the truth."""
+    designs, exact = torch.tensor([1.0, 3.0]), [told_by_ladder(1.0), told_by_ladder(3.0)]
+    found = [expected_information_gain(ladder, designs, "y", ["wide", "theta"], seed=s) for s in (0, 1)]
+    for each in found:
+        for c, truth in enumerate(exact):
+            assert float(each.lower[c]) - 1e-3 <= truth <= float(each.upper[c]) + 1e-3
+    apart = abs(found[0].eig - found[1].eig)
+    assert (apart < 4 * (found[0].std_error ** 2 + found[1].std_error ** 2) ** 0.5 + 2e-3).all()
+
+
+def test_an_autoguide_proposes_under_past_data() -> None:
+    def line(designs: Tensor) -> None:
+        with pyro.plate_stack("designs", designs.shape[:2]):
+            theta = pyro.sample("theta", dist.Normal(0.0, 10.0))
+            pyro.sample("before", dist.Normal(theta, 0.1))
+            pyro.sample("y", dist.Normal(theta * designs, 0.5))
+
+    def past() -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 10.0))
+        pyro.sample("before", dist.Normal(theta, 0.1), obs=torch.tensor(3.0))
+
+    guide = AutoMultivariateNormal(past)
+    svi = SVI(past, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.996}), Trace_ELBO(num_particles=4))
+    for _ in range(600):
+        svi.step()
+    told = pyro.condition(line, data={"before": torch.tensor(3.0)})
+    designs = torch.tensor([2.0, 10.0])
+    with pytest.raises(DataError, match="past data leave"):  # the prior alone hardly ever meets them
+        expected_information_gain(told, designs, "y", "theta", num_samples=1024)
+    found = expected_information_gain(told, designs, "y", "theta", num_samples=16_384, guide=guide)
+    exact = 0.5 * torch.log1p(designs.double().square() / (100 + 1 / 100) / 0.25)
+    assert (torch.as_tensor(found.eig.values) - exact).abs().max() < 0.05
+
+
+def test_what_an_earlier_call_left_behind_does_not_matter() -> None:
+    """Other designs, other shapes, parameters of the same names: the next call is as if it were the first."""
+    first = expected_information_gain(groups, GROUPS[3:6], "y", "theta", num_samples=512)
+    for name in ("theta", "y", "A", "scale_tril", "loc"):
+        pyro.param(name, torch.zeros(7, 13))
+    expected_information_gain(groups, GROUPS, "y", "theta", num_samples=512)
+    again = expected_information_gain(groups, GROUPS[3:6], "y", "theta", num_samples=512)
+    assert first.eig.equals(again.eig)
+    assert pyro.param("scale_tril").shape == (7, 13)
+
+
+class Rounded(dist.Normal):
+    """Draws that lie where their own density is nothing, beyond two."""
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return super().sample(sample_shape).clamp(-2.0, 2.0)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return super().rsample(sample_shape).clamp(-2.0, 2.0)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return super().icdf(value).clamp(-2.0, 2.0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(value.abs() < 2.0, super().log_prob(value), -torch.inf)
+
+
+def test_infinite_terms_are_counted_and_not_dropped() -> None:
+    def model(designs: Tensor) -> None:
+        with pyro.plate_stack("designs", designs.shape[:2]):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", Rounded(theta * designs, 0.1))
+
+    found = expected_information_gain(model, torch.tensor([0.1, 3.0]), "y", "theta", num_samples=1024)
+    assert found.non_finite.values[0] == 0 and math.isfinite(float(found.eig[0]))
+    assert found.non_finite.values[1] > 0 and not math.isfinite(float(found.eig[1]))
+
+
+def test_what_was_spent_is_said() -> None:
+    found = expected_information_gain(groups, GROUPS, "y", "theta", num_samples=512)
+    assert found.attrs["samples"] == 512 and found.attrs["method"] == "vnmc"
+    assert found.attrs["model_runs"] > 512 and found.attrs["seconds"] > 0

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from pyro_invman.design.quasi import QuasiRandom
 from pyro_invman.variables import DataError
@@ -32,7 +32,7 @@ class Site(NamedTuple):
     Arguments:
         role: ``outcome``, ``target``, ``nuisance``, ``past`` (observed already) or ``derived`` (deterministic).
         shape: of its value beyond (S, C).
-        support: of its distribution; None where that has none.
+        support: of its distribution; None where it has none, or a continuous one that no known bijection reaches.
         explicit: whether it can be scored.
         pathwise: whether its draws are differentiable in its distribution's parameters.
         proposable: whether a proposal may stand in for its own law: a latent that is explicit and continuous.
@@ -47,7 +47,7 @@ class Site(NamedTuple):
 
     @property
     def proposable(self) -> bool:
-        return self.role in ("target", "nuisance") and self.explicit and not self.discrete
+        return self.role in ("target", "nuisance") and self.explicit and not self.discrete and self.support is not None
 
 
 class Draws(NamedTuple):
@@ -193,6 +193,7 @@ class Experiment:
             support = None
         whole = not torch.is_tensor(site["value"]) or not site["value"].is_floating_point()
         discrete = whole if support is None else bool(getattr(support, "is_discrete", whole))
+        support = support if discrete else _bijected(support)
         explicit = not derived and not isinstance(_innermost(site["fn"]), dist.Delta)
         if explicit:
             try:
@@ -408,6 +409,19 @@ def _names(label: str, names: str | Sequence[str]) -> tuple[str, ...]:
 
 def _deterministic(site: Mapping[str, Any]) -> bool:
     return bool((site["infer"] or {}).get("_deterministic"))
+
+
+def _bijected(support: constraints.Constraint | None) -> constraints.Constraint | None:
+    """A support that a bijection from real numbers is known of, which is that of its components for a mixture."""
+    while isinstance(support, constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    if support is None:
+        return None
+    try:
+        biject_to(support)
+    except NotImplementedError:
+        return None
+    return support
 
 
 def _innermost(fn: Any) -> Any:
