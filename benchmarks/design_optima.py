@@ -81,7 +81,7 @@ def climbed(name: str, gains: dict[str, Any], seeds: int) -> dict[str, Any]:
     features, shape = OPTIMA[name]
     if features is None:
         problem, exact = gains[name]
-        model, ends, initial = problem().model, (-80.0, 80.0), torch.tensor(0.0)
+        model, ends, initial = problem().model, (-80.0, 80.0), torch.tensor(40.0)
         top = float(exact(torch.linspace(*ends, 4001)).max())
     else:
         model, ends, initial = model_of(features), (-1.0, 1.0), torch.zeros(shape)

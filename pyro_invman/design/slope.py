@@ -24,6 +24,7 @@ _CLOSE = 0.03  # nats
 _TRIAL = 32  # draws by which that is told
 _COMPONENTS = 6  # of a mixture, which is fitted anew every so many steps
 _EVERY = 10
+_HEARD = 4  # outcomes of the same latents, where these have scores
 
 
 class Slope:
@@ -33,8 +34,8 @@ class Slope:
               T = \log \frac{p(y, \theta \mid d)}{p(y \mid d)\, p(\theta)}
 
     where draws move with the design as far as their distributions allow, and v is what was drawn from the others
-    (counts, choices, censored numbers), whose score has the mean of T as its control variate. All designs meet the
-    same quasi-random numbers.
+    (counts, choices, censored numbers). The control variate :math:`\bar T` is the mean of T over other outcomes of the
+    same latents, of which each has four then. All designs meet the same quasi-random numbers.
 
     ``enumeration`` sums over outcomes that can be counted, which leaves no score; ``vnmc`` takes marginals from points
     of a proposal that is fitted by moments at each step (the lower side of
@@ -66,6 +67,7 @@ class Slope:
                 self._choose_points(experiment)
         common = experiment.vectorized and self.name != "infonce"  # whose contrasts must be independent
         self.quasi = QuasiRandom(common=True) if common else None
+        self.heard = 1 if all(experiment.sites[n].pathwise for n in experiment.outcomes) else _HEARD
 
     def __call__(self, designs: Tensor) -> tuple[Tensor, Tensor]:
         """The bound (C,) at designs (C, *design_shape), and its gradient, of their shape."""
@@ -172,19 +174,29 @@ class Slope:
             self.runs += num * (1 + len(self.gain.outcome_values) * len(self.gain.target_values))
             low, high = self.gain.at(experiment).sides(*halves)
             return (low + high) / 2
-        draws = experiment.draw(num, self.quasi)
-        self.runs += num
+        draws = experiment.draw(max(2, num // self.heard), self.quasi)
+        weights = (draws.log_weight.detach().double() + experiment.scores(draws, latents).double()).softmax(0)
+        several = _heard(experiment, draws, self.heard) if self.heard > 1 else draws
+        self.runs += len(several.log_weight)
         if isinstance(self.gain, NestedGain):
             gain = self.gain.at(experiment)
             marginals = sum(m is not None for m in (gain.outcome, gain.both, gain.target))
-            self.runs += num * self.points * marginals
-            terms = gain.lower(draws, self.points)
+            self.runs += len(several.log_weight) * self.points * marginals
+            terms = gain.lower(several, self.points)
         else:
-            terms = self.gain.terms(draws)
-        return _weighted(terms, draws, experiment.scores(draws, (*latents, *experiment.outcomes)))
+            terms = self.gain.terms(several)
+        terms = terms.double().reshape(self.heard, *weights.shape)
+        if self.heard > 1:
+            scores = experiment.scores(several, experiment.outcomes).double().reshape(terms.shape)
+            others = (terms.sum(0) - terms) / (self.heard - 1)
+            terms = terms + (terms - others).detach() * scores
+        # self-normalised, so that the gradient of the weights has the mean as its control variate
+        return (weights * terms.mean(0)).sum(0)
 
 
-def _weighted(terms: Tensor, draws: Draws, scores: Tensor) -> Tensor:
-    """Mean (C,) of terms (S, C); self-normalised, so that its gradient has them less their mean."""
-    weights = (draws.log_weight.detach().double() + scores.double()).softmax(0)
-    return (weights * terms.double()).sum(0)
+def _heard(experiment: Experiment, draws: Draws, count: int) -> Draws:
+    """`count` outcomes (count S, C) of each draw of the latents."""
+    names = experiment.named("target", "nuisance")
+    held = {n: draws.values[n].repeat(count, *[1] * (draws.values[n].dim() - 1)) for n in names}
+    log_weight = draws.log_weight.repeat(count, 1)
+    return experiment.run(len(log_weight), held)._replace(log_weight=log_weight)
