@@ -29,6 +29,7 @@ def to_datatree(
     coords: Mapping[str, Sequence[Any]] | None = None,
     constant: Mapping[str, Any] | None = None,
     seed: int = 0,
+    parallel: bool = False,
     **kwargs: Any,
 ) -> xr.DataTree:
     """Posterior, posterior predictive, observed and constant data of a Pyro model, as ArviZ reads them.
@@ -46,6 +47,7 @@ def to_datatree(
         constant: what the model was given, by name: tensors whose sizes say which plates they lie along, or pairs
             (dimensions, tensor).
         seed: of the predictive draws.
+        parallel: whether the model takes all draws at once, as one more plate to the left of its own.
 
     Raises:
         DataError: no draws, a constant whose plates cannot be told, names that do not fit a plate.
@@ -81,11 +83,12 @@ def to_datatree(
         ]
         observed = [name for name, site in sites.items() if site["is_observed"] and name not in (*computed, *flat)]
         if computed:
-            flat |= Predictive(model, flat, return_sites=computed)(*args, **kwargs)
+            flat |= Predictive(model, flat, return_sites=computed, parallel=parallel)(*args, **kwargs)
         known = {name: values for name, values in flat.items() if name not in computed}
         predicted = {}
         if observed:
-            predicted = Predictive(poutine.uncondition(model), known, return_sites=observed)(*args, **kwargs)
+            asked = Predictive(poutine.uncondition(model), known, return_sites=observed, parallel=parallel)
+            predicted = asked(*args, **kwargs)
     notes = dict(units or {})
 
     def drawn(name: str, values: Tensor) -> Column:

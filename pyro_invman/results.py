@@ -84,20 +84,14 @@ def groups_tree(
             continue
         arrays = {n: xr.Variable(dims, _cells(values), dict(notes)) for n, (dims, values, notes) in columns.items()}
         along = {dim for array in arrays.values() for dim in array.dims}
-        names = {dim: xr.Variable(dim, _names(each)) for dim, each in coords.items() if dim in along}
+        names = {dim: xr.Variable(dim, np.asarray(list(each))) for dim, each in coords.items() if dim in along}
         found[f"/{group}"] = xr.Dataset(arrays, coords=names, attrs=dict(attrs) if group == "posterior" else {})
-    return xr.DataTree.from_dict(found)
+    return tree_of(found, {})
 
 
 def _cells(values: Tensor) -> np.ndarray:
     values = values.detach().cpu()
     return np.asarray(values.double() if values.is_floating_point() else values)
-
-
-def _names(each: Sequence[Any]) -> np.ndarray:
-    # text of any length, which Zarr has a type for, rather than of the longest
-    names = np.asarray(list(each))
-    return names.astype(object) if names.dtype.kind in "US" else names
 
 
 def _column(variable: Variable, values: Tensor, dims: Sequence[str]) -> Column:

@@ -26,9 +26,15 @@ MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan")
 # ------------------------------------------------------------------------------------------------ files
 def csv_lines(path: Path, sep: str, encoding: str) -> Iterator[list[str]]:
     """The lines of a .csv as cells, those without a single character left out."""
+    return (cells for _, cells in numbered_lines(path, sep, encoding))
+
+
+def numbered_lines(path: Path, sep: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
+    """The same with the number of each line in the file, from 1."""
     plain = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     with open(path, newline="", encoding=plain) as file:
-        yield from filter(None, csv.reader(file, delimiter=sep, skipinitialspace=True))
+        lines = csv.reader(file, delimiter=sep, skipinitialspace=True)
+        yield from ((lines.line_num, cells) for cells in lines if cells)
 
 
 def csv_head(path: Path, sep: str, encoding: str, skip_lines: int, units_row: bool) -> tuple[list[str], list[str]]:
@@ -232,8 +238,8 @@ def what_to_do(text: str) -> str:
     """About a text that stands where a number was expected."""
     if _CENSORED.fullmatch(text):
         return (
-            "mend the cell: a limit of detection is no measurement (censored); write what was read, or leave the cell "
-            "blank and declare how cells go unrecorded, mechanism= of JointFlow.fit"
+            "mend the cell: a limit of detection is no measurement (censored); write what was read, or count it as not "
+            "measured (blank, or named in missing=) and declare how cells go unrecorded (mechanism= of JointFlow.fit)"
         )
     decimal_comma = 'if the comma is a decimal comma, pass decimal="," to read (on the command line, --decimal)'
     if _DECIMAL_COMMA.fullmatch(text):

@@ -12,13 +12,14 @@ import pytest
 import torch
 import xarray as xr
 
+import pyro_invman
 from pyro_invman import load
 from pyro_invman.cli import held_out_report, main, quantile_rows
 from pyro_invman.cli.parser import parser
 
 ROLES = "power_W=parameter,alloy=condition,depth_um=observation"
 SUPPORTS = "alloy=categorical"
-COMMANDS = ("demo", "describe", "fit", "infer", "predict", "impute", "fingerprint", "design")
+COMMANDS = ("demo", "describe", "fit", "infer", "predict", "impute", "fingerprint", "design", "report")
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +376,32 @@ def test_designs_that_cannot_be(manifold, options, words, capsys):
     assert main(["design", str(manifold), *options]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "no --rows" not in line]
     assert len(error) == 1 and words in error[0]
+
+
+# ------------------------------------------------------------------------------------------------ report
+def test_report_on_rows_that_were_kept_from_the_fit(model, table, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert main(["report", str(model), "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {line["direction"]: line for line in report["verdicts"]}
+    assert found["forward"]["questions"] == int(load_held_out(model)["depth_um"].notnull().sum()) < 31
+    assert found["forward"]["log loss [nat]"] < found["forward"]["knowing nothing [nat]"] - 1
+    assert out.read_text().startswith("<!") and "forward" in out.read_text()
+    tree = tmp_path / "report.nc"
+    assert main(["report", str(model), "--table", str(table), "--max-questions", "40", "--out", str(tree)]) == 0
+    assert "use it" in capsys.readouterr().out
+    with xr.open_datatree(tree) as opened:
+        assert "fit" in opened.children and opened["verdicts"].sizes["direction"] == len(found)
+    assert main(["report", str(model), "--out", str(tmp_path / "report.pdf")]) == 1
+    assert "expected .html" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "held_out.nc").unlink()
+    assert main(["report", str(tmp_path / "m")]) == 1
+    assert "kept no rows" in capsys.readouterr().err
+
+
+def load_held_out(model):
+    return pyro_invman.read(model / "held_out.nc", training=False)
 
 
 # ------------------------------------------------------------------------------------------------ failures

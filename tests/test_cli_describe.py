@@ -187,7 +187,7 @@ def test_cells_to_mend_are_named(tmp_path, capsys):
     path = tmp_path / "t.csv"
     path.write_text("power,depth\n1,2\n2,<0.5\n3,4.5\n4,5\n")
     assert main(["describe", str(path)]) == 0
-    assert "depth, row 1: '<0.5' (mend the cell: a limit" in capsys.readouterr().out
+    assert "depth, row 1 (line 3): '<0.5'; mend the cell: a limit" in capsys.readouterr().out
     assert main(["fit", str(path), "--out", str(tmp_path / "model")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "depth, row 1: found text '<0.5'" in error and "censored" in error

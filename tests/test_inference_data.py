@@ -50,7 +50,7 @@ def tree(case):
     x, y, mask, _, samples = case
     return pim.to_datatree(
         model, samples, x, y=y, mask=mask, units={"z": "um", "y": "um", "x": "W"},
-        coords={"task": ["Ti64", "316L", "IN718"]}, constant={"x": x},
+        coords={"task": ["Ti64", "316L", "IN718"]}, constant={"x": x}, parallel=True,
     )  # fmt: skip
 
 
@@ -102,6 +102,16 @@ def test_the_same_seed_gives_the_same_predictions(case):
     first, again, other = (pim.to_datatree(model, few, x, y=y, seed=seed) for seed in (0, 0, 1))
     assert first.identical(again)
     assert not first["posterior_predictive"]["y"].identical(other["posterior_predictive"]["y"])
+
+
+def test_draws_at_once_and_one_by_one_say_the_same(case):
+    x, y, mask, _, samples = case
+    few = {name: values[:200] for name, values in samples.items()}
+    loop, whole = (pim.to_datatree(model, few, x, y=y, mask=mask, parallel=parallel) for parallel in (False, True))
+    assert loop["posterior"].to_dataset().identical(whole["posterior"].to_dataset())
+    assert loop["posterior_predictive"]["y"].dims == whole["posterior_predictive"]["y"].dims
+    difference = loop["posterior_predictive"]["y"].mean("draw") - whole["posterior_predictive"]["y"].mean("draw")
+    assert float(abs(difference).max()) < 0.25  # twelve means of 200 draws each
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ FLOORS = [
     ["cli.printed", "cli.dialect", "cli.headers"],
     ["cli.project", "cli.guesses"],
     ["cli.questions", "cli.fitting", "cli.describe"],
-    ["cli.asking", "cli.tasks", "cli.designs", "cli.demo"],
+    ["cli.asking", "cli.tasks", "cli.designs", "cli.demo", "cli.reporting"],
     ["cli.parser"],
     ["cli.run"],
     ["cli"],

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pyro_invman import tables
-from pyro_invman.cli.dialect import Dialect, guess_dialect, raw_columns
+from pyro_invman.cli.dialect import Dialect, RawTable, guess_dialect, raw_table
 from pyro_invman.cli.guesses import Guess, column_of, guess_roles
 from pyro_invman.cli.printed import answer, say, table
 from pyro_invman.cli.project import NAME, Project
 from pyro_invman.variables import DataError
 
 _KINDS = (".csv", ".xlsx", ".parquet")
+_MOST = 12
 
 
 def describe(arguments: argparse.Namespace) -> None:
@@ -31,21 +32,20 @@ def describe(arguments: argparse.Namespace) -> None:
     if kind == ".csv":
         dialect = guess_dialect(path, arguments.sep, arguments.decimal, arguments.encoding)
     sheet = arguments.sheet if arguments.sheet is not None else 0
-    cells, blank = raw_columns(path, dialect, sheet)
-    rows = len(next(iter(cells.values())))
-    if not rows:
+    raw = raw_table(path, dialect, sheet)
+    if not raw.line_numbers:
         raise DataError(f"{path}: found names and no row, expected rows of cells")
     stated: dict[str, str] = {}
     if dialect is not None and dialect.units_row:
         head = tables.csv_head(path, dialect.separator, dialect.encoding, dialect.skip_lines, True)
         stated = dict(zip(*head, strict=False))
     decimal = dialect.decimal if dialect is not None else "."
-    guess = guess_roles([column_of(name, each, decimal, stated.get(name, "")) for name, each in cells.items()])
+    guess = guess_roles([column_of(name, each, decimal, stated.get(name, "")) for name, each in raw.columns.items()])
     project = project_from(guess, dialect, sheet)
     if not arguments.look:
         out.write_text(project.to_toml(_notes(guess, dialect)), encoding="utf-8")
         say(f"wrote {out}")
-    report = _report(path, rows, blank, guess, dialect, project)
+    report = _report(path, raw, guess, dialect, project)
     answer(report, arguments.json, lambda: _text(path, out, report, arguments.prog))
 
 
@@ -84,9 +84,7 @@ def _notes(guess: Guess, dialect: Dialect | None) -> dict[str, str]:
     return notes
 
 
-def _report(
-    path: Path, rows: int, blank: int, guess: Guess, dialect: Dialect | None, project: Project
-) -> dict[str, Any]:
+def _report(path: Path, raw: RawTable, guess: Guess, dialect: Dialect | None, project: Project) -> dict[str, Any]:
     used_as = {guess.task: "task", guess.source: "source"}
     columns = [
         {
@@ -101,12 +99,13 @@ def _report(
         }
         for c in guess.columns
     ]
+    rows = len(raw.line_numbers)
     cells = rows * max(1, len(project.roles))
     missing = sum(c.missing for c in guess.columns if c.role)
     return {
         "table": str(path),
         "rows": rows,
-        "blank_lines": blank,
+        "blank_lines": raw.blank_lines,
         "missing_share": missing / cells,
         "written": None if dialect is None else {k: getattr(dialect, k) for k in Dialect._fields if k != "reasons"},
         "task": guess.task,
@@ -115,7 +114,10 @@ def _report(
         "guessed": [f"{name}: {note}" for name, note in _notes(guess, dialect).items()],
         "decide": [c.name for c in guess.columns if "role" in c.doubt and c.role],
         "to_mend": [
-            {"column": c.header, "row": row, "found": text} for c in guess.columns if c.role for row, text in c.wrong
+            {"column": c.header, "row": row, "line": raw.line_numbers[row], "found": text}
+            for c in guess.columns
+            if c.role
+            for row, text in c.wrong
         ],
     }
 
@@ -137,10 +139,19 @@ def _text(path: Path, out: Path, report: dict[str, Any], prog: str) -> str:
     ]
     if report["to_mend"]:
         parts += ["", "Cells that are no numbers, which `fit` refuses (rows count from 0, without the header):"]
-        parts += [
-            f"  {c['column']}, row {c['row']}: {c['found']!r} ({tables.what_to_do(c['found'])})"
-            for c in report["to_mend"][:10]
-        ]
-        parts += [f"  and {len(report['to_mend']) - 10} more"] if len(report["to_mend"]) > 10 else []
+        parts += _to_mend(report["to_mend"])
     todo = f"check {out}" if not report["decide"] else f"in {out}, decide on {', '.join(report['decide'])}"
     return "\n".join([*parts, "", f"Next: {todo}; then  {prog} fit {path} --out model"])
+
+
+def _to_mend(cells: list[dict[str, Any]]) -> list[str]:
+    """Cells that were found alike in a column on one line, with what to do about them."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        alike.setdefault((cell["column"], cell["found"]), []).append(cell)
+    lines = []
+    for (column, found), each in alike.items():
+        where = ", ".join(f"row {cell['row']} (line {cell['line']})" for cell in each[:3])
+        more = f" and {len(each) - 3} more" if len(each) > 3 else ""
+        lines.append(f"  {column}, {where}{more}: {found!r}; {tables.what_to_do(found)}")
+    return lines if len(lines) <= _MOST else [*lines[:_MOST], f"  and {len(lines) - _MOST} more kinds"]

@@ -143,21 +143,36 @@ def _is_units(first: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
     return bool(told) and not any(NUMBER.fullmatch(cell) or len(cell) > 12 for cell in cells)
 
 
-def raw_columns(path: Path, dialect: Dialect | None, sheet: str | int) -> tuple[dict[str, list[str]], int]:
-    """The cells of a table as they are written, "" where there is nothing, and how many lines are blank."""
+class RawTable(NamedTuple):
+    """The cells of a table as they are written, "" where there is nothing, by header; the line of the file that each
+    row stands in, and how many lines between them are blank."""
+
+    columns: dict[str, list[str]]
+    line_numbers: list[int]
+    blank_lines: int
+
+
+def raw_table(path: Path, dialect: Dialect | None, sheet: str | int) -> RawTable:
+    """A table as it is written.
+
+    Raises:
+        DataError: a line with more or fewer cells than the header.
+    """
     if dialect is not None:
         how = (path, dialect.separator, dialect.encoding)
         names, _ = tables.csv_head(*how, dialect.skip_lines, dialect.units_row)
-        lines = list(tables.csv_lines(*how))[dialect.skip_lines + 1 + dialect.units_row :]
-        told = [line for line in lines if any(cell.strip() for cell in line)]
-        uneven = next((n for n, line in enumerate(told) if len(line) != len(names)), None)
-        if uneven is not None:
-            raise DataError(
-                f"{path}, row {uneven}: found {len(told[uneven])} cells, expected {len(names)}, as in the header; mend "
-                "the line, or pass --sep, if another mark separates the cells"
-            )
-        return {name: [line[k].strip() for line in told] for k, name in enumerate(names)}, len(lines) - len(told)
-    found = (
-        tables.xlsx_columns(path, ("",), sheet) if path.suffix.lower() == ".xlsx" else tables.parquet_columns(path, ())
-    )
-    return {name: [tables.as_written(cell) for cell in cells] for name, cells in found.items()}, 0
+        lines = list(tables.numbered_lines(*how))[dialect.skip_lines + 1 + dialect.units_row :]
+        told = [(number, line) for number, line in lines if any(cell.strip() for cell in line)]
+        for row, (number, line) in enumerate(told):
+            if len(line) != len(names):
+                raise DataError(
+                    f"{path}, row {row} (line {number}): found {len(line)} cells, expected {len(names)}, as in the "
+                    "header; mend the line, or pass --sep, if another mark separates the cells"
+                )
+        columns = {name: [line[k].strip() for _, line in told] for k, name in enumerate(names)}
+        return RawTable(columns, [number for number, _ in told], len(lines) - len(told))
+    excel = path.suffix.lower() == ".xlsx"
+    found = tables.xlsx_columns(path, ("",), sheet) if excel else tables.parquet_columns(path, ())
+    columns = {name: [tables.as_written(cell) for cell in cells] for name, cells in found.items()}
+    rows = len(next(iter(columns.values()), []))
+    return RawTable(columns, [row + 2 for row in range(rows)], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ from pyro_invman.cli.project import NAME, project_for
 from pyro_invman.data import labels_of, to_tensor
 from pyro_invman.diagnostics.answers import Answers, HeldOut
 from pyro_invman.joint import JointFlow
+from pyro_invman.results import to_record
 from pyro_invman.tasks.manifold import ProcessManifold
 from pyro_invman.variables import DataError
 
 if TYPE_CHECKING:
     import xarray as xr
 
+HELD_OUT, HISTORY = "held_out.nc", "history.json"
+"""What a fit keeps beside its model: rows that it did not learn from, and its history."""
 _FEWEST_TASKS = 5  # below which none is kept from the fit
 _QUESTIONS = 60
 _CONTEXT = tuple(range(2, 40))  # every row after the first two of a task, given those before it
@@ -63,6 +67,10 @@ def fit(arguments: argparse.Namespace) -> None:
     history = model.fit(training, arguments.seed, arguments.max_seconds, **how)
     model.save(arguments.out)
     (Path(arguments.out) / NAME).write_text(project.to_toml(), encoding="utf-8")
+    (Path(arguments.out) / HISTORY).write_text(json.dumps(to_record(history)), encoding="utf-8")
+    (Path(arguments.out) / HELD_OUT).unlink(missing_ok=True)
+    if held_out is not None:
+        held_out.to_netcdf(Path(arguments.out) / HELD_OUT)
     checkpoint.unlink(missing_ok=True)
     report: dict[str, Any] = {
         "model": str(arguments.out),

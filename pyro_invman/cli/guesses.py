@@ -28,6 +28,7 @@ _TASKS = words(
     "paper reference doi donor plate site group animal plot field id",
 )
 _SOURCES = words("source lab laboratory operator technique device simulator method origin instrument")
+_REMARKS = words("remark comment note bemerkung kommentar notes info description")
 _SHARES = words("share fraction probability efficiency absorptivity porosity humidity pct percent percentage")
 _MANY = 20
 
@@ -177,6 +178,8 @@ def _role_of(column: Column, rows: int) -> Column:
         return _left_out(column, "nothing in it")
     if len(_levels(column)) == 1:
         return _left_out(column, "the same in all rows, so that nothing can be learned from it")
+    if column.kind == "text" and says(column.header, _REMARKS):
+        return _left_out(column, "remarks, by its header")
     if column.kind == "text":
         if any(re.fullmatch(r"[-+]?[\d.,]+\s*[^\W\d_]+\S*", level) for level in list(column.levels)[:1]):
             return _left_out(column, "numbers with units in the cells; write the numbers alone")

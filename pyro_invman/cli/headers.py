@@ -15,7 +15,7 @@ def words(*lines: str) -> tuple[str, ...]:
 _SIMPLE = words(
     "W kW mW MW s ms us ns min h d K degC C F m mm cm dm um nm km ft g kg mg ug t N kN mN Pa kPa MPa GPa hPa mbar bar",
     "psi J kJ mJ MJ eV keV V mV kV A mA uA Hz kHz MHz GHz rpm mol mmol umol nmol M mM uM nM l L ml mL ul uL dl ohm",
-    "kohm T mT deg rad lm lx cd dB ppm ppb pct percent % HV HRC pH IU U cps cP rev px",
+    "kohm T mT deg rad lm lx cd dB ppm ppb pct percent % HV HRC pH IU U cps cP rev px mol% wt% vol% at%",
 )
 _PLAIN_UNITS = {"pct": "%", "percent": "%", "C": "degC"}
 _EXPONENT = re.compile(r"([A-Za-z%]+?)(-?[1-4])?")

@@ -11,6 +11,7 @@ from pyro_invman.cli.describe import describe
 from pyro_invman.cli.designs import design
 from pyro_invman.cli.fitting import fit
 from pyro_invman.cli.project import NAME
+from pyro_invman.cli.reporting import report
 from pyro_invman.cli.tasks import fingerprint
 from pyro_invman.tasks.inference import METHODS
 from pyro_invman.tasks.manifold import PRIORS
@@ -51,6 +52,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument(
+            "--threads", type=int, default=1, help="of the processor (default: 1, which disturbs least)"
+        )
         return command
 
     _demo(add("demo", demo, "fit a simulated laser-melting process and ask it an inverse question", "demo --out demo"))
@@ -110,6 +114,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
             "which rows of a task to measure next, by information gained for what it costs",
             "design model --rows new_task.csv --grid power_W=100:400:7,speed_mm_s=200:2000:7 --n 3\n"
             "design model --rows new_task.csv --candidates could_do.csv --cost hours --objective predict=depth_um",
+        )
+    )
+    _report(
+        add(
+            "report",
+            report,
+            "whether answers can be trusted: a verdict on each direction, from rows that were kept from the fit",
+            "report model --out report.html\nreport model --table other_runs.csv --out report.html",
         )
     )
     return top
@@ -226,3 +238,10 @@ def _design(command: argparse.ArgumentParser) -> None:
     command.add_argument("--at", metavar="TABLE", help="rows to predict at (default: the candidates)")
     command.add_argument("--cost", help="a column of the candidates (default: cost, if there is one), or a number")
     command.add_argument("--out", metavar="FILE", help=".csv with the suggested rows, to be filled in")
+
+
+def _report(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    command.add_argument("--table", help="rows that the model was not fitted to (default: those that `fit` kept)")
+    command.add_argument("--max-questions", type=int, default=200, help="of a direction, at most")
+    command.add_argument("--out", metavar="FILE", help=".html for the page, .nc or .zarr for all numbers")

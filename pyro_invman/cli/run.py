@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from pyro_invman.cli.parser import parser
 from pyro_invman.cli.printed import say
@@ -19,7 +22,7 @@ FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as shells have it
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, or not, with one line on standard error."""
     arguments = parser(_prog()).parse_args(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _threads(arguments.threads):
         if not arguments.debug:
             _one_line_warnings()
         try:
@@ -43,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"invman {arguments.command}: {_line(error)}")
             return FAILED
     return 0
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Work in so many threads. Tensors here are small: more of them gain little, and cost much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _prog() -> str:
