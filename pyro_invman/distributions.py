@@ -250,7 +250,8 @@ def stack_given(variables: Variables, given: dict[str, Any] | None, dtype: torch
             )
         cells[column] = cell
     try:
-        shape = torch.broadcast_shapes(*(cell.shape for cell in cells.values()))
+        # the empty shape stands for no givens, of which torch's jit can make nothing
+        shape = torch.broadcast_shapes(torch.Size(), *(cell.shape for cell in cells.values()))
     except RuntimeError as error:
         shapes = {variables[c].name: tuple(cell.shape) for c, cell in cells.items()}
         raise DataError(f"given: shapes {shapes} do not broadcast against each other") from error

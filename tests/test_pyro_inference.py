@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -370,6 +371,22 @@ def test_nuts_with_a_flow_as_prior() -> None:
     x = chain.get_samples()["x"]
     assert x.shape == (300, 2)
     moments_agree(log_second(x), observe(prior())[0], effective=100)
+
+
+def test_a_flow_that_is_given_nothing_is_a_prior_under_jit() -> None:
+    flow = exact_flow().requires_grad_(False)
+    mean, covariance = gaussian()
+    marginal = MultivariateNormal(mean[:2], covariance[:2, :2])
+
+    def log_prob(x: Tensor) -> Tensor:
+        return flow.conditional(TARGETS).log_prob(x)
+
+    theta = marginal.sample((5,))
+    x = torch.stack([theta[:, 0], theta[:, 1].exp()], -1)
+    with warnings.catch_warnings():  # of shapes that are taken for constant, as they are
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(log_prob, (x,))
+    close(traced(x + 0.0), marginal.log_prob(theta) - theta[:, 1], 1e-9)
 
 
 def test_nuts_with_a_flow_as_likelihood() -> None:
