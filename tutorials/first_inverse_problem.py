@@ -138,7 +138,7 @@ left.plot(draws[:, 0], draws[:, 1], ".", ms=2, color="#b0b7bf", label="depth kno
 left.plot(both[:, 0], both[:, 1], ".", ms=2, color="#20639b", label="depth and width known")
 left.set(xlabel="power_W [W]", ylabel="speed_mm_s [mm/s]", xlim=(90, 410), ylim=(150, 2100))
 left.legend(frameon=False)
-plots.predictive(new_depth.numpy(), quantiles.numpy(), "depth_um", "um", ax=right, log=True)
+plots.predictive(new_depth.numpy(), quantiles.numpy(), "depth_um", "um", ax=right)
 plt.show()
 
 # %% [markdown]
