@@ -217,7 +217,7 @@ def merged(before: dict[str, Any], now: dict[str, Any], estimators: list[str]) -
     """A problem's records with those of other estimators that were kept."""
     kept = {
         kind: [one for one in before.get(kind, []) if one["estimator"] not in estimators] + now[kind]
-        for kind in ("untuned", "tuning", "by hand")
+        for kind in ("untuned", "by hand")
         if kind in now
     }
     return now | kept

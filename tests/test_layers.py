@@ -57,7 +57,7 @@ FLOORS = [
     ["diagnostics.uniform", "diagnostics.two_sample", "diagnostics.answers"],
     ["diagnostics.calibration", "diagnostics.recalibration", "diagnostics.reference"],
     ["diagnostics.predictive", "diagnostics.verdict"],
-    ["design.quasi", "design.region"],
+    ["design.limits", "design.quasi", "design.region"],
     ["diagnostics.page"],
     ["diagnostics.report"],
     ["design.experiment", "design.readings", "design.particles", "design.mixtures"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyro_invman.design.enumerated import EnumeratedGain
 from pyro_invman.design.experiment import Draws, Experiment, isolated
+from pyro_invman.design.limits import limits
 from pyro_invman.design.nested import Marginal, NestedGain, Structure
 from pyro_invman.design.quasi import QuasiRandom
 from pyro_invman.design.variational import (
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "posterior", "marginal", "marginal_likelihood", "vnmc", "contrastive", "infonce", "enumeration")
 _BATCHES = 16  # over which `num_samples` are spread
-_BATCHES_IN_TIME = 10  # into which time is cut at least
+_BATCHES_IN_TIME = 3, 10  # into which time is cut, at least and otherwise
+_PILOT = 0.15  # share of the time in which proposals get the draws that they are fitted to
+_GROWN = 8  # times the draws of a trial batch that the next one has
 _TRIED = 0.03  # share of the time left that a trial batch takes at least, to tell how long others will
 _FIRST_LOOK = 8  # batches before the bracket may end the search
 _MOST_NUMBERS = 2**22  # numbers a batch
 _COMPONENTS = 6  # of a proposal whose moments do not suffice
 _MOST_POINTS = 4096  # inner draws
 _DEAR = 512  # nested draws that the time left should allow
+_LEAST_SHARE = 1 / 64  # of the draws, for which the dear terms are computed
 _LEAST_WEIGHED = 50.0  # effective draws of a batch under past data
 
 
@@ -232,14 +237,15 @@ class _Search:
 
     def _pilot_size(self) -> int:
         rows = sum(site.shape.numel() for site in self.experiment.sites.values())
-        wanted = min(max(2048, 256 * rows), self.most, max(64, self.num_samples))
+        wanted = min(max(2048, 128 * rows), self.most, max(64, self.num_samples))
         if not self.experiment.vectorized:
             wanted = min(wanted, max(64, self.num_samples // 4))
         if math.isfinite(self.max_seconds):
-            began = time.monotonic()
-            self.draw(64, quasi=False)
-            took = (time.monotonic() - began) / 64
-            wanted = max(64, min(wanted, int(0.1 * self.max_seconds / max(took, 1e-9))))
+            took = []
+            for few in (32, 512) if self.experiment.vectorized else (8, 16):
+                took.append(_seconds(partial(self.draw, few, quasi=False)))
+            each = max((took[1] - took[0]) / (few / 2), took[1] / few / _GROWN)
+            wanted = max(64, min(wanted, int(_PILOT * self.max_seconds / each)))
         return wanted
 
     # ------------------------------------------------------------------ the methods' batches
@@ -378,27 +384,32 @@ class _Search:
         return self._result(found, estimator, num)
 
     def _affordable(self, estimator: _Estimator, num: int) -> int:
-        """Draws a batch, such that the time left is cut into enough batches."""
+        """Draws a batch, such that the time left is cut into enough batches: some of what trials take they take however
+        few their draws, the rest for each. Where the former is much, batches are fewer, lest it take most time."""
         trial = 32 if self.experiment.vectorized else 4
+        took: list[float] = []
         while True:
-            began = time.monotonic()
-            estimator.batch(trial)
-            took = time.monotonic() - began
-            if took > _TRIED * self.left() or 4 * trial >= num:
+            took.append(_seconds(partial(estimator.batch, trial)))
+            enough = _TRIED * self.left() if len(took) > 1 else self.left() / 2
+            if took[-1] > enough or _GROWN * trial > num:
                 break
-            trial *= 4
-        affordable = max(self.left(), 0.0) / _BATCHES_IN_TIME * trial / took
-        return int(max(8, min(num, 2 ** int(math.log2(max(affordable, 8))))))
+            trial *= _GROWN
+        each = took[-1] / trial
+        if len(took) > 1:
+            each = max((took[-1] - took[-2]) / (trial - trial / _GROWN), each / _GROWN)
+        fixed = took[-1] - each * trial
+        least, wanted = (max(self.left(), 0.0) / count - fixed for count in _BATCHES_IN_TIME)
+        return int(min(num, 2 ** int(math.log2(max(wanted / each, min(fixed, least) / each, 8)))))
 
     def _narrow(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator, num: int) -> bool:
         if not any(estimator.sides):
             return False
-        lower, upper, eig, _ = _limits(found, self.effective * num)
+        lower, upper, eig, _ = limits(found, self.effective * num)
         width = upper - lower if all(estimator.sides) else 2 * (eig - lower).abs()
         return bool((width <= self.tolerance).all())
 
     def _result(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator, num: int) -> xr.Dataset:
-        lower, upper, eig, error = _limits(found, self.effective * num)
+        lower, upper, eig, error = limits(found, self.effective * num)
         nothing = torch.full_like(eig, torch.nan)
         columns = {
             "eig": eig,
@@ -424,6 +435,12 @@ def _mean(terms: Tensor, log_weight: Tensor) -> Tensor:
     return torch.where(weights > 0, weights * terms.double(), 0.0).sum(0)
 
 
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
 def _infinite(terms: Tensor) -> Tensor:
     return (~terms.isfinite()).sum(0)
 
@@ -438,32 +455,4 @@ def _worth(low: Tensor, control: Tensor | None, cost: float) -> tuple[Tensor, fl
     slope = torch.where((slope - 1).abs() < 0.1, torch.ones_like(slope), slope)
     rest = (low - slope * control).var(0).mean()
     ratio = math.sqrt(float(rest / ((slope.square() * spread).mean() + 1e-30)) / cost)
-    return slope, 2.0 ** round(math.log2(min(max(ratio, 1 / 8), 1.0)))
-
-
-def _limits(found: list[tuple[Tensor, Tensor, Tensor]], num: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One-sided 97.5 % limits (C,), the middle of the two sides, its standard error, over batches of `num` draws."""
-    low, high = (torch.stack([f[k] for f in found]).double() for k in (0, 1))
-    quantile = _student(len(found) - 1)
-    root = math.sqrt(len(found))
-    lower = low.mean(0) - quantile * low.std(0) / root
-    upper = high.mean(0) + quantile * high.std(0) / root + _unseen(len(found) * num)
-    middle = (low + high) / 2
-    return lower, upper, middle.mean(0), middle.std(0) / root
-
-
-def _unseen(draws: float) -> float:
-    """What outcomes too rare for so many draws may tell: a set of latents of probability p is missed by all with chance
-    exp(−p n), 2.5 % at p = log 40 / n, and to learn whether they are of it is worth the entropy of that."""
-    p = min(math.log(40) / draws, 0.5)
-    return p * (1 - math.log(p))
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's law, by bisection of its distribution function (regularised by quadrature)."""
-    x = torch.linspace(0, 1, 20_001, dtype=torch.float64) * math.pi / 2
-    density = x.cos().pow(freedom - 1)  # t = sqrt(ν) tan x
-    reached = torch.cumulative_trapezoid(density, x)
-    reached = 0.5 + 0.5 * reached / reached[-1]
-    index = int((reached < 0.975).sum())
-    return math.sqrt(freedom) * math.tan(float(x[index + 1]))
+    return slope, 2.0 ** round(math.log2(min(max(ratio, _LEAST_SHARE), 1.0)))
