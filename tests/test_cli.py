@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -110,6 +112,7 @@ def test_impute_keeps_what_was_measured(table, model, tmp_path):
         (["infer", "NOWHERE", "--targets", "power_W"], "no model"),
         (["fit", "NOWHERE.csv", "--roles", "x=parameter", "--out", "OUT"], "NOWHERE.csv"),
         (["fit", "TABLE", "--out", "OUT"], "no roles"),
+        (["fit", "TABLE", "--roles", "power_W=parameter", "--out", "TABLE"], "is a file, expected a folder"),
         (["fit", "TABLE", "--roles", "power=parameter", "--out", "OUT"], "power_W"),
         (["fit", "TABLE", "--roles", "power_W=knob", "--out", "OUT"], "knob"),
         (["fit", "TABLE", "--roles", "note=parameter", "--out", "OUT"], "row 0"),
@@ -369,7 +372,6 @@ def test_design_over_a_grid_is_written_to_be_filled_in(manifold, new, tmp_path, 
         (["--grid", "x=0:1:30000"], "at most"),
         (["--grid", "x=0:1:3", "--objective", "fame"], "expected task, parameters"),
         (["--grid", "x=0:1:3", "--objective", "parameters=x"], "--parameters-of"),
-        (["--grid", "x=0:1:3", "--n", "0"], "expected at least 1"),
     ],
 )
 def test_designs_that_cannot_be(manifold, options, words, capsys):
@@ -439,6 +441,39 @@ def test_whatever_happens_is_one_line(error, status, words, model, monkeypatch, 
     assert words in _one_line(capsys)
     with pytest.raises(type(error)):
         main(["predict", str(model), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["infer", "m", "--num-samples", "0"], "--num-samples: found '0', expected a whole number of at least 1"),
+        (["design", "m", "--n", "0"], "--n: found '0', expected a whole number of at least 1"),
+        (["fit", "t.csv"], "the following arguments are required: --out"),
+        (["guess"], "invalid choice: 'guess'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_what_cannot_be_typed_is_one_line(typed, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(typed)
+    assert stopped.value.code == 2 and words in _one_line(capsys)
+
+
+def test_a_fit_that_is_interrupted_goes_on(runs, tmp_path):
+    """As by Ctrl-C: status 130, one line; what was learned by then is kept for --resume."""
+    code = "import sys; from pyro_invman.cli import main; sys.exit(main(sys.argv[1:]))"
+    fit = ["fit", str(runs), "--out", str(tmp_path / "m"), "--model", "flow"]
+    run = subprocess.Popen([sys.executable, "-c", code, *fit], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "m" / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    out, error = run.communicate()
+    assert run.returncode == 130 and not out
+    assert error.decode().strip().splitlines()[-1] == "invman fit: interrupted; --resume goes on with it"
+    assert not (tmp_path / "m" / "schema.json").exists()
+    assert main([*fit, "--resume", "--max-seconds", "2"]) == 0
+    assert not (tmp_path / "m" / "checkpoint.safetensors").exists()
 
 
 def test_a_reader_that_has_enough_is_no_failure_to_speak_of(model):

@@ -64,6 +64,11 @@ def messy(tmp_path):
         ("2nd pass (s)", "column_2nd_pass", "s"),
         ("Länge [mm]", "lange", "mm"),
         ("ratio (-)", "ratio", ""),
+        ("x_C", "x_C", ""),
+        ("t_s", "t_s", "s"),
+        ("absorptivity_min", "absorptivity_min", ""),
+        ("hold time_min", "hold_time_min", "min"),
+        ("Cat. load / mol%", "cat_load", "mol%"),
         ("%", "column", ""),
     ],
 )
@@ -132,12 +137,14 @@ def test_roles_by_header_by_blanks_and_the_rest_left_open():
         "same": ["3"] * 12,
         "empty": ["-"] * 12,
         "gas": ["Ar", "N2"] * 6,
+        "paper id": ["1", "7", "7"] * 4,
+        "Remarks": ["good", "bad"] * 6,
     }
     found = {c.name: c for c in guess_roles([column_of(name, cells, ".") for name, cells in columns.items()]).columns}
     roles = {name: c.role for name, c in found.items()}
     assert roles == {
         "no": None, "power": "parameter", "aa": "parameter", "bb": "observation", "remark": None, "same": None,
-        "empty": None, "gas": "condition",
+        "empty": None, "gas": "condition", "paper_id": None, "Remarks": None,
     }  # fmt: skip
     assert {name for name, c in found.items() if "role" in c.doubt and c.role} == {"aa", "bb"}
     assert found["gas"].support == "categorical"

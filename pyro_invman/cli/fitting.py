@@ -32,6 +32,9 @@ _CONTEXT = tuple(range(2, 40))  # every row after the first two of a task, given
 
 def fit(arguments: argparse.Namespace) -> None:
     """Fits a flow, or a manifold where rows belong to tasks, and saves it with what was said of the table."""
+    folder = Path(arguments.out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out {folder}: is a file, expected a folder for the model")
     project = project_for(arguments)
     if not project.roles and Path(arguments.table).suffix.lower() not in (".nc", ".zarr"):
         raise DataError(
@@ -48,7 +51,8 @@ def fit(arguments: argparse.Namespace) -> None:
             "--model manifold: found no task column, expected one; name it by --task or in the project file"
         )
     training, held_out = _split(ds, tasks if as_manifold else None, arguments.test_share, arguments.seed)
-    checkpoint = Path(arguments.out) / "checkpoint.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.safetensors"
     how: dict[str, Any] = {"checkpoint": checkpoint, "resume": arguments.resume}
     model: JointFlow | ProcessManifold
     if as_manifold:
@@ -65,12 +69,12 @@ def fit(arguments: argparse.Namespace) -> None:
         say(f"fitting one joint density to {training.sizes['row']} rows")
         model = JointFlow.from_dataset(training, seed=arguments.seed)
     history = model.fit(training, arguments.seed, arguments.max_seconds, **how)
-    model.save(arguments.out)
-    (Path(arguments.out) / NAME).write_text(project.to_toml(), encoding="utf-8")
-    (Path(arguments.out) / HISTORY).write_text(json.dumps(to_record(history)), encoding="utf-8")
-    (Path(arguments.out) / HELD_OUT).unlink(missing_ok=True)
+    model.save(folder)
+    (folder / NAME).write_text(project.to_toml(), encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(to_record(history)), encoding="utf-8")
+    (folder / HELD_OUT).unlink(missing_ok=True)
     if held_out is not None:
-        held_out.to_netcdf(Path(arguments.out) / HELD_OUT)
+        held_out.to_netcdf(folder / HELD_OUT)
     checkpoint.unlink(missing_ok=True)
     report: dict[str, Any] = {
         "model": str(arguments.out),

@@ -30,6 +30,7 @@ _TASKS = words(
 _SOURCES = words("source lab laboratory operator technique device simulator method origin instrument")
 _REMARKS = words("remark comment note bemerkung kommentar notes info description")
 _SHARES = words("share fraction probability efficiency absorptivity porosity humidity pct percent percentage")
+_NAMING = words("id no nr index ref replicate repeat run")
 _MANY = 20
 
 
@@ -193,6 +194,9 @@ def _role_of(column: Column, rows: int) -> Column:
     whole = all(value.is_integer() for value in column.values)
     if whole and not column.units and len(set(column.values)) == column.cells and _counts_rows(column):
         return _left_out(column, "it numbers the rows")
+    word = says(column.header, _NAMING)
+    if whole and not column.units and word:
+        return _left_out(column, f"whole numbers under {word!r}, so names rather than quantities")
     for role, known in (("observation", _OBSERVATIONS), ("condition", _CONDITIONS), ("parameter", _PARAMETERS)):
         word = says(column.header, known)
         if word:
@@ -203,7 +207,7 @@ def _role_of(column: Column, rows: int) -> Column:
 
 
 def _counts_rows(column: Column) -> bool:
-    named = says(column.header, ("id", "no", "nr", "run", "number", "index")) is not None
+    named = says(column.header, (*_NAMING, "number")) is not None
     dense = max(column.values) - min(column.values) < 2 * column.cells
     return dense and (named or list(column.values) == sorted(column.values))
 

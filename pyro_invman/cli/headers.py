@@ -18,6 +18,7 @@ _SIMPLE = words(
     "kohm T mT deg rad lm lx cd dB ppm ppb pct percent % HV HRC pH IU U cps cP rev px mol% wt% vol% at%",
 )
 _PLAIN_UNITS = {"pct": "%", "percent": "%", "C": "degC"}
+_DURATIONS = words("t time duration age hold dwell delay elapsed")
 _EXPONENT = re.compile(r"([A-Za-z%]+?)(-?[1-4])?")
 
 
@@ -39,10 +40,16 @@ def name_and_units(header: str) -> tuple[str, str, str]:
     parts = re.split(r"[_\s]+", text)
     for start in range(1, len(parts)):
         tail = parts[start:]
-        if all(_known(part) for part in tail):
+        if all(_known(part) for part in tail) and not _doubtful(parts[:start], tail):
             units = plain_units(tail[0]) + "".join(f"/{plain_units(part).lstrip('/')}" for part in tail[1:])
             return (text if _is_plain(text) else _plain("_".join(parts))), units, "at the end of the header"
     return (text if _is_plain(text) else _plain(text)), "", ""
+
+
+def _doubtful(stem: list[str], tail: list[str]) -> bool:
+    """Whether what looks like units may be something else: x_C and x_V are elements, a_min is the least a."""
+    lonely = len(stem) == 1 and len(stem[0]) == 1 and stem[0].islower() and stem[0] != "t"
+    return (lonely and len(tail[-1]) == 1) or (tail == ["min"] and says(" ".join(stem), _DURATIONS) is None)
 
 
 def _letters(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
 
 from pyro_invman.cli.asking import impute, infer, predict
 from pyro_invman.cli.demo import demo
@@ -29,9 +30,22 @@ or watch it on a simulated process:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as of any other failure; exit status 2."""
+        self.exit(2, f"{self.prog}: {message} (--help says what can be typed)\n")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands, for a program that is called `prog`."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog,
         description="Inverse problems, learned from incomplete tables.",
         epilog=_START.format(prog=prog),
@@ -53,7 +67,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument(
-            "--threads", type=int, default=1, help="of the processor (default: 1, which disturbs least)"
+            "--threads", type=_count, default=1, help="of the processor (default: 1, which disturbs least)"
         )
         return command
 
@@ -170,7 +184,7 @@ def _fit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", choices=("flow", "manifold"), help="default: a manifold where there is a task column, else a flow"
     )
-    command.add_argument("--latent-dim", type=int, default=4, help="of a manifold: dimensions of a task's latent")
+    command.add_argument("--latent-dim", type=_count, default=4, help="of a manifold: dimensions of a task's latent")
     command.add_argument("--task-prior", choices=PRIORS, default="normal", help="of a manifold: prior over tasks")
     command.add_argument("--reference-source", metavar="NAME", help="of a manifold: the source that answers are about")
     command.add_argument("--max-seconds", type=float, help="wall time of the training, at most")
@@ -201,9 +215,11 @@ def _ask(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument(
         "--given", metavar="NAME=VALUE,…", action="append", help="what is known of the row; the rest is unknown"
     )
-    command.add_argument("--table", metavar="TABLE", help="rows to answer, each given its own cells and --given")
+    command.add_argument(
+        "--table", metavar="TABLE", help="rows to answer, each given its own cells and --given; none of those in --rows"
+    )
     command.add_argument("--targets", metavar="NAME,…", help=f"what is asked for (default: all {what} not given)")
-    command.add_argument("--num-samples", type=int, default=2000, help="draws")
+    command.add_argument("--num-samples", type=_count, default=2000, help="draws")
     command.add_argument("--out", metavar="FILE", help="the draws: .csv, or .nc or .zarr with units")
     _of_task(command)
 
@@ -212,13 +228,13 @@ def _impute(command: argparse.ArgumentParser) -> None:
     _model(command)
     command.add_argument("table")
     command.add_argument("--out", required=True, metavar="FILE", help=".csv with one completed copy a draw")
-    command.add_argument("--num-samples", type=int, default=20, help="draws")
+    command.add_argument("--num-samples", type=_count, default=20, help="draws")
 
 
 def _fingerprint(command: argparse.ArgumentParser) -> None:
     _model(command)
     _of_task(command)
-    command.add_argument("--nearest", type=int, default=5, help="how many known tasks to name")
+    command.add_argument("--nearest", type=_count, default=5, help="how many known tasks to name")
     command.add_argument("--out", metavar="FILE", help="the result as JSON")
 
 
@@ -227,7 +243,7 @@ def _design(command: argparse.ArgumentParser) -> None:
     _of_task(command)
     command.add_argument("--candidates", metavar="TABLE", help="rows that could be measured, with their settings")
     command.add_argument("--grid", metavar="NAME=LOW:HIGH:COUNT,…", action="append", help="or all of such a grid")
-    command.add_argument("--n", type=int, default=1, help="how many rows to suggest")
+    command.add_argument("--n", type=_count, default=1, help="how many rows to suggest")
     command.add_argument(
         "--objective",
         action="append",
@@ -243,5 +259,5 @@ def _design(command: argparse.ArgumentParser) -> None:
 def _report(command: argparse.ArgumentParser) -> None:
     _model(command)
     command.add_argument("--table", help="rows that the model was not fitted to (default: those that `fit` kept)")
-    command.add_argument("--max-questions", type=int, default=200, help="of a direction, at most")
+    command.add_argument("--max-questions", type=_count, default=200, help="of a direction, at most")
     command.add_argument("--out", metavar="FILE", help=".html for the page, .nc or .zarr for all numbers")

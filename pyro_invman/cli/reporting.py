@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def report(arguments: argparse.Namespace) -> None:
         title=f"Can {Path(arguments.model).resolve().name} be trusted?",
         max_questions=arguments.max_questions,
         seed=arguments.seed,
+        progress=sys.stderr.isatty(),
     )
     if kind == ".nc":
         tree.to_netcdf(arguments.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -21,6 +22,9 @@ FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as shells have it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, or not, with one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to fail
     arguments = parser(_prog()).parse_args(argv)
     with warnings.catch_warnings(), _threads(arguments.threads):
         if not arguments.debug:
