@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: install demo test lint types clean
 
-install: $(VENV)/.core
+install: $(VENV)/.tables
 
 demo: $(VENV)/.core
 	$(BIN)/python -m pyro_invman demo --out demo
@@ -26,6 +26,10 @@ $(VENV)/bin/python:
 $(VENV)/.core: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
+
+$(VENV)/.tables: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tables]'
+	touch $@ $(VENV)/.core
 
 $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'

@@ -8,7 +8,6 @@ The convention: dimension ``row``; each data variable has dims ``("row",)`` and 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from pyro_invman.variables import DataError, Variable, Variables
 
 _LABELS = ("task", "source")
 _RESERVED = ("row", "draw", *_LABELS)
-_NEEDS = {".csv": "pandas", ".xlsx": "openpyxl", ".parquet": "pyarrow", ".nc": "netCDF4", ".zarr": "zarr"}
 _FIELDS = ("role", "support", "units", "lower", "upper", "levels", "resolution", "informative")
 
 
@@ -55,7 +53,8 @@ def read(
     """A table of runs as a validated dataset; nothing about it is guessed.
 
     Arguments:
-        path: ``.csv``, ``.xlsx``, ``.parquet``, ``.nc`` or ``.zarr``.
+        path: ``.csv``, ``.tsv``, ``.xlsx``, ``.parquet``, ``.nc`` or ``.zarr``. What is said of a ``.csv`` goes for a
+            ``.tsv`` too.
         roles: column to ``parameter``, ``observation`` or ``condition``. Columns without a role are left out and
             listed in ``ds.attrs["left_out"]``. A ``.nc`` or ``.zarr`` may carry roles, units and the rest as
             attributes; what is given here goes before them.
@@ -93,14 +92,7 @@ def read(
         ['operator']
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in _NEEDS:
-        raise DataError(f"{path}: found the ending {path.suffix!r}, expected one of {list(_NEEDS)}")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no table at {path}")
-    if importlib.util.find_spec(_NEEDS[kind]) is None:
-        package = _NEEDS[kind]
-        raise DataError(f"{path}: reading {kind} needs the package {package}; run: pip install {package}")
+    kind = tables.kind_of(path)
     renamed = {str(header): str(name) for header, name in (columns or {}).items()}
     labels: dict[str, Any] = {"task": task, "source": source}
     text = {column for column in (task, source) if column is not None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import importlib.util
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
@@ -23,7 +24,37 @@ MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan")
 """Text that stands for "not measured" in a table, unless told otherwise."""
 
 
+_NEEDS = {
+    ".csv": "pandas",
+    ".tsv": "pandas",
+    ".xlsx": "openpyxl",
+    ".parquet": "pyarrow",
+    ".nc": "netCDF4",
+    ".zarr": "zarr",
+}
+WRITTEN = (".csv", ".tsv")
+"""Kinds of table that are text."""
+
+
 # ------------------------------------------------------------------------------------------------ files
+def kind_of(path: Path) -> str:
+    """The ending of a table that is there and can be read.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        DataError: nothing reads such a table, or what does is not installed.
+    """
+    kind = path.suffix.lower()
+    if kind not in _NEEDS:
+        raise DataError(f"{path}: found the ending {path.suffix!r}, expected one of {list(_NEEDS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no table at {path}")
+    package = _NEEDS[kind]
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"{path}: reading {kind} needs the package {package}; run: pip install {package}")
+    return kind
+
+
 def csv_lines(path: Path, sep: str, encoding: str) -> Iterator[list[str]]:
     """The lines of a .csv as cells, those without a single character left out."""
     return (cells for _, cells in numbered_lines(path, sep, encoding))

@@ -200,6 +200,15 @@ def test_cells_to_mend_are_named(tmp_path, capsys):
     assert "depth, row 1: found text '<0.5'" in error and "censored" in error
 
 
+def test_tabs_and_a_units_row(tmp_path, capsys):
+    path = tmp_path / "t.tsv"
+    path.write_text("Power\tDepth\n(W)\t[µm]\n100\t1.5\n200\t-\n300.5\t2.5\n", encoding="utf-8")
+    assert main(["describe", str(path), "--json"]) == 0
+    assert [c["units"] for c in json.loads(capsys.readouterr().out)["columns"]] == ["W", "um"]
+    ds = load_project(tmp_path / "invman.toml").dataset(path)
+    assert ds["Power"].values.tolist() == [100, 200, 300.5] and ds["Depth"].attrs["units"] == "um"
+
+
 @pytest.mark.parametrize("kind", [".xlsx", ".parquet"])
 def test_other_kinds_of_table(tmp_path, kind, capsys):
     path = tmp_path / f"t{kind}"
@@ -217,6 +226,7 @@ def test_other_kinds_of_table(tmp_path, kind, capsys):
         ("t.csv", "a,b\n", "names and no row"),
         ("t.csv", "a,b\n1,2\n3\n", "found one column|found 1 cells, expected 2"),
         ("t.txt", "a,b\n1,2\n", "expected one of"),
+        ("t.nc", "", "says itself what it holds"),
     ],
 )
 def test_what_cannot_be_described(tmp_path, name, text, message, capsys):

@@ -13,7 +13,7 @@ from pyro_invman.cli.printed import answer, say, table
 from pyro_invman.cli.project import NAME, Project
 from pyro_invman.variables import DataError
 
-_KINDS = (".csv", ".xlsx", ".parquet")
+_LABELLED = (".nc", ".zarr")
 _MOST = 12
 
 
@@ -21,15 +21,13 @@ def describe(arguments: argparse.Namespace) -> None:
     """Reads a table raw, guesses, prints what was found and writes the first project file."""
     path = Path(arguments.table)
     out = Path(arguments.out) if arguments.out else path.parent / NAME
-    kind = path.suffix.lower()
-    if kind not in _KINDS:
-        raise DataError(f"{path}: found the ending {path.suffix!r}, expected one of {list(_KINDS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table at {path}")
+    kind = tables.kind_of(path)
+    if kind in _LABELLED:
+        raise DataError(f"{path}: a {kind} says itself what it holds, in attributes; `fit` reads it as it is")
     if out.exists() and not (arguments.force or arguments.look):
         raise DataError(f"{out} exists already and is kept; --force writes it anew, --look only prints what would be")
     dialect = None
-    if kind == ".csv":
+    if kind in tables.WRITTEN:
         dialect = guess_dialect(path, arguments.sep, arguments.decimal, arguments.encoding)
     sheet = arguments.sheet if arguments.sheet is not None else 0
     raw = raw_table(path, dialect, sheet)

@@ -163,7 +163,7 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def _describe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("table", help=".csv, .xlsx or .parquet")
+    command.add_argument("table", help=".csv, .tsv, .xlsx or .parquet")
     command.add_argument("--out", metavar="FILE", help=f"project file to write (default: {NAME} beside the table)")
     command.add_argument("--force", action="store_true", help="overwrite a project file that is there")
     command.add_argument("--look", action="store_true", help="only print, write nothing")
@@ -174,7 +174,7 @@ def _describe(command: argparse.ArgumentParser) -> None:
 
 
 def _fit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("table", help=".csv, .xlsx, .parquet, .nc or .zarr")
+    command.add_argument("table", help=".csv, .tsv, .xlsx, .parquet, .nc or .zarr")
     command.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
     command.add_argument("--roles", help="column=parameter|observation|condition,…")
     command.add_argument("--supports", help="column=real|positive|categorical|interval:LOWER:UPPER,…")

@@ -66,7 +66,7 @@ class Project:
         """A table as this project says, or as the variables of a model."""
         said: dict[str, Any] = {}
         skip_lines, units_row = self.skip_lines, self.units_row
-        if variables is not None and Path(table).suffix.lower() == ".csv" and Path(table).is_file():
+        if variables is not None and Path(table).suffix.lower() in tables.WRITTEN and Path(table).is_file():
             skip_lines, units_row = self._above(Path(table), variables)
         if variables is None:
             # a file that carries roles needs none here
