@@ -65,12 +65,13 @@ def read(
         resolutions: column to the step its values were rounded to (1 for counts).
         informative: column to whether, though set by someone, it is evidence about the task.
         training: also refuse what cannot be learned from; see `validate`.
-        sep, decimal, encoding: of a ``.csv``; one character each for the first two.
+        sep, decimal, encoding: of a ``.csv``; one character each for the first two. The decimal mark also goes for
+            numbers that are text in an ``.xlsx``.
         missing: texts that mean "not measured" in a ``.csv`` or ``.xlsx``.
         sheet: name or position of the sheet of an ``.xlsx``.
         columns: header as it is in the table to the name that everything else goes by.
-        skip_lines: lines above the header of a ``.csv``, blank ones not counted.
-        units_row: the line under the header of a ``.csv`` holds units, taken where `units` says nothing.
+        skip_lines: lines above the header of a ``.csv`` (blank ones not counted) or ``.xlsx``.
+        units_row: the line under the header of one of these holds units, taken where `units` says nothing.
         beside: columns to keep as coordinates on ``row``, as they are.
         variables: of a model. They say what `roles`, `units`, `supports`, `levels` and the rest would; of them, and of
             `columns`, `task`, `source` and `beside`, the table need not have all.
@@ -109,7 +110,8 @@ def read(
         elif kind == ".parquet":
             found = tables.parquet_columns(path, text)
         elif kind == ".xlsx":
-            found = tables.xlsx_columns(path, missing, sheet)
+            found = tables.xlsx_columns(path, missing, sheet, decimal, skip_lines, units_row)
+            stated = dict(zip(*tables.xlsx_head(path, sheet, skip_lines, units_row), strict=False))
         else:
             found = tables.csv_columns(path, text, missing, sep, decimal, encoding, skip_lines, units_row)
             stated = dict(zip(*tables.csv_head(path, sep, encoding, skip_lines, units_row), strict=False))

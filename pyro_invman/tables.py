@@ -75,15 +75,17 @@ def csv_head(path: Path, sep: str, encoding: str, skip_lines: int, units_row: bo
     if header is None:
         raise DataError(f"{path}: found an empty table, expected a line of names and lines of cells")
     names = _header(path, header)
-    if not units_row:
-        return names, []
-    units = [cell.strip().strip("[]()").strip() for cell in next(lines, [])]
+    return names, _units(path, names, next(lines, [])) if units_row else []
+
+
+def _units(path: Path, names: Sequence[str], cells: Iterable[Any]) -> list[str]:
+    """What the line under the names says, without brackets."""
+    units = [as_written(cell).strip("[]()").strip() for cell in cells]
     for name, cell in zip(names, units, strict=False):
         if re.fullmatch(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", cell):
-            raise DataError(
-                f"{path}: found {cell!r} in the units row under {name!r}, expected units; units_row is wrong"
-            )
-    return names, units
+            expected = "expected units; is there a units row at all?"
+            raise DataError(f"{path}: found {cell!r} in the units row under {name!r}, {expected}")
+    return units
 
 
 def csv_columns(
@@ -147,15 +149,39 @@ def _with_mark(cells: pd.Series, decimal: str) -> pd.Series:
     return pd.Series(found, dtype=object)
 
 
-def xlsx_columns(path: Path, missing: Sequence[str], sheet: str | int) -> dict[str, Any]:
-    """The columns of one sheet of an .xlsx, whose first row is the header."""
-    frame = pd.read_excel(
-        path, sheet_name=sheet, header=None, dtype=object, na_values=list(missing), keep_default_na=False
-    )
-    if not len(frame):
+def sheet_rows(path: Path, sheet: str | int) -> pd.DataFrame:
+    """All cells of one sheet of an .xlsx as they are, NaN where there is nothing; the first row is row 0."""
+    return pd.read_excel(path, sheet_name=sheet, header=None, dtype=object, na_values=[""], keep_default_na=False)
+
+
+def xlsx_head(path: Path, sheet: str | int, skip_lines: int, units_row: bool) -> tuple[list[str], list[str]]:
+    """The names of a sheet, and the units in the row under them, as `csv_head` gives them."""
+    frame = sheet_rows(path, sheet)
+    if len(frame) <= skip_lines:
         raise DataError(f"{path}: found an empty sheet {sheet!r}, expected a row of names and rows of cells")
-    names = _header(path, frame.iloc[0])
-    return {name: frame.iloc[1:, position].to_numpy() for position, name in enumerate(names)}
+    names = _header(path, frame.iloc[skip_lines])
+    below = frame.iloc[skip_lines + 1] if units_row and len(frame) > skip_lines + 1 else []
+    return names, _units(path, names, below)
+
+
+def xlsx_columns(
+    path: Path,
+    missing: Sequence[str],
+    sheet: str | int,
+    decimal: str = ".",
+    skip_lines: int = 0,
+    units_row: bool = False,
+) -> dict[str, Any]:
+    """The columns of one sheet of an .xlsx; `skip_lines` rows stand above the header, one more below it if `units_row`.
+
+    Rows without a cell are none. `decimal` is the mark of numbers that were entered as text, if they are to be read.
+    """
+    names, _ = xlsx_head(path, sheet, skip_lines, units_row)
+    frame = sheet_rows(path, sheet).iloc[skip_lines + 1 + units_row :]
+    frame = frame[~frame.isna().all(axis=1)]
+    frame = frame.mask(frame.isin(list(missing)))
+    columns = {name: frame.iloc[:, position] for position, name in enumerate(names)}
+    return {n: (cells if decimal == "." else _with_mark(cells, decimal)).to_numpy() for n, cells in columns.items()}
 
 
 def parquet_columns(path: Path, as_text: Collection[str]) -> dict[str, Any]:
@@ -170,11 +196,13 @@ def parquet_columns(path: Path, as_text: Collection[str]) -> dict[str, Any]:
     return {str(name): cells.astype(object) if name in as_text else cells for name, cells in frame.items()}
 
 
-def as_written(cell: Any) -> str:
-    """A cell of any make as text, "" where there is nothing."""
+def as_written(cell: Any, decimal: str = ".") -> str:
+    """A cell of any make as text, "" where there is nothing; a number has that mark."""
     if pd.isna(cell):
         return ""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
+    if isinstance(cell, float):
+        return str(int(cell)) if cell.is_integer() else str(cell).replace(".", decimal)
+    return str(cell).strip()
 
 
 def _header(path: Path, cells: Iterable[Any]) -> list[str]:

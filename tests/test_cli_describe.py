@@ -15,6 +15,7 @@ from pyro_invman.cli.dialect import guess_dialect
 from pyro_invman.cli.guesses import column_of, guess_roles
 from pyro_invman.cli.headers import name_and_units
 from pyro_invman.cli.project import load_project
+from pyro_invman.data import variables_of
 from pyro_invman.variables import DataError
 
 MESSY = """\
@@ -218,6 +219,35 @@ def test_other_kinds_of_table(tmp_path, kind, capsys):
     assert json.loads(capsys.readouterr().out)["columns"][1]["missing"] == 1
     ds = load_project(tmp_path / "invman.toml").dataset(path)
     assert ds["power"].values.tolist() == [100, 200, 300.5, 400] and ds["depth"].attrs["role"] == "observation"
+
+
+def test_a_sheet_with_a_title_units_blank_rows_and_numbers_as_text(tmp_path, capsys):
+    path = tmp_path / "t.xlsx"
+    rows = [
+        ["Runs of May", None, None, None], [None] * 4, ["Power", "Depth", "Gas", None], ["W", "µm", None, None],
+        [100, "1,5", "Ar", None], [200.5, "n/a", "N2", None], [None] * 4, [300, 2.25, "Ar", None],
+        [400, "<1", None, None],
+    ]  # fmt: skip
+    with pd.ExcelWriter(path) as book:
+        pd.DataFrame({"a": [1]}).to_excel(book, sheet_name="first", index=False)
+        pd.DataFrame(rows).to_excel(book, sheet_name="May", index=False, header=False)
+    assert main(["describe", str(path), "--sheet", "May", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["blank_lines"]) == (4, 1)
+    assert report["to_mend"] == [{"column": "Depth", "row": 3, "line": 9, "found": "<1"}]
+    project = load_project(tmp_path / "invman.toml")
+    assert (project.sheet, project.skip_lines, project.units_row, project.decimal) == ("May", 2, True, ",")
+    with pytest.raises(DataError, match="Depth, row 3: found text '<1'"):
+        project.dataset(path)
+    rows[-1][1] = None
+    pd.DataFrame(rows).to_excel(path, sheet_name="May", index=False, header=False)
+    ds = project.dataset(path)
+    np.testing.assert_array_equal(ds["Power"], [100, 200.5, 300, 400])
+    np.testing.assert_array_equal(ds["Depth"], [1.5, np.nan, 2.25, np.nan])
+    assert ds["Depth"].attrs["units"] == "um" and ds["Gas"].attrs["levels"] == ["Ar", "N2"]
+    pd.DataFrame([["Power", "Gas"], [120, "Ar"]]).to_excel(path, sheet_name="May", index=False, header=False)
+    asked = project.dataset(path, variables_of(ds), training=False)  # a new table, without title and units
+    assert asked["Power"].values.tolist() == [120.0] and list(asked) == ["Power", "Gas"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_invman import tables
-from pyro_invman.cli.dialect import Dialect, RawTable, guess_dialect, raw_table
+from pyro_invman.cli.dialect import Dialect, RawTable, guess_dialect, guess_sheet, raw_table
 from pyro_invman.cli.guesses import Guess, column_of, guess_roles
 from pyro_invman.cli.printed import answer, say, table
 from pyro_invman.cli.project import NAME, Project
@@ -26,19 +26,18 @@ def describe(arguments: argparse.Namespace) -> None:
         raise DataError(f"{path}: a {kind} says itself what it holds, in attributes; `fit` reads it as it is")
     if out.exists() and not (arguments.force or arguments.look):
         raise DataError(f"{out} exists already and is kept; --force writes it anew, --look only prints what would be")
+    sheet = arguments.sheet if arguments.sheet is not None else 0
     dialect = None
     if kind in tables.WRITTEN:
         dialect = guess_dialect(path, arguments.sep, arguments.decimal, arguments.encoding)
-    sheet = arguments.sheet if arguments.sheet is not None else 0
+    elif kind == ".xlsx":
+        dialect = guess_sheet(path, sheet, arguments.decimal)
     raw = raw_table(path, dialect, sheet)
     if not raw.line_numbers:
         raise DataError(f"{path}: found names and no row, expected rows of cells")
-    stated: dict[str, str] = {}
-    if dialect is not None and dialect.units_row:
-        head = tables.csv_head(path, dialect.separator, dialect.encoding, dialect.skip_lines, True)
-        stated = dict(zip(*head, strict=False))
     decimal = dialect.decimal if dialect is not None else "."
-    guess = guess_roles([column_of(name, each, decimal, stated.get(name, "")) for name, each in raw.columns.items()])
+    columns = [column_of(name, cells, decimal, raw.units.get(name, "")) for name, cells in raw.columns.items()]
+    guess = guess_roles(columns)
     project = project_from(guess, dialect, sheet)
     if not arguments.look:
         out.write_text(project.to_toml(_notes(guess, dialect)), encoding="utf-8")
@@ -123,7 +122,7 @@ def _report(path: Path, raw: RawTable, guess: Guess, dialect: Dialect | None, pr
 def _text(path: Path, out: Path, report: dict[str, Any], prog: str) -> str:
     written = report["written"]
     how = ""
-    if written is not None:
+    if written is not None and path.suffix.lower() in tables.WRITTEN:
         marks = f"{written['separator']!r} between cells, decimal mark {written['decimal']!r}"
         how = f"; {written['encoding']}, {marks}"
     blank = f", {report['blank_lines']} lines blank" if report["blank_lines"] else ""

@@ -1,4 +1,4 @@
-"""How a .csv is written, guessed from its text: encoding, separator, decimal mark, where the header stands."""
+"""How a table is written, guessed from its cells: encoding, separator, decimal mark, where the header stands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BOMS = {
 
 
 class Dialect(NamedTuple):
-    """How a .csv is written, and why that is thought so, by what of it."""
+    """How a table is written, and why that is thought so, by what of it."""
 
     separator: str
     decimal: str
@@ -70,16 +70,42 @@ def guess_dialect(
         )
     split = _lines(head, separator)
     width = _width(split)
-    skip = next((n for n, line in enumerate(split) if len(line) == width and _is_header(line)), 0)
-    if skip:
-        reasons["skip_lines"] = f"the first line of {width} names is {split[skip][:3]}…"
-    body = [line for line in split[skip + 1 :] if len(line) == width]
+    skip, units_row, more = _header_at([line if len(line) == width else [""] for line in split])
     if decimal is None:
-        decimal, reasons["decimal"] = _decimal(body, separator)
+        body = [line for line in split[skip + 1 :] if len(line) == width]
+        decimal, reasons["decimal"] = _decimal([cell for line in body for cell in line])
+    return Dialect(separator, decimal, encoding, skip, units_row, reasons | more)
+
+
+def guess_sheet(path: Path, sheet: str | int, decimal: str | None = None) -> Dialect:
+    """What a sheet of an .xlsx looks like: where its header stands, and the mark of numbers that are text in it.
+
+    Raises:
+        DataError: there is nothing in it.
+    """
+    frame = tables.sheet_rows(path, sheet)
+    rows = frame.dropna(axis=1, how="all").head(_LINES).to_numpy().tolist()
+    if not rows:
+        raise DataError(f"{path}: found an empty sheet {sheet!r}, expected a row of names and rows of cells")
+    skip, units_row, reasons = _header_at([[tables.as_written(cell) for cell in row] for row in rows])
+    if decimal is None:
+        texts = [cell for row in rows[skip + 1 :] for cell in row if isinstance(cell, str)]
+        decimal, reasons["decimal"] = _decimal(texts)
+    return Dialect(",", decimal, "utf-8", skip, units_row, reasons)
+
+
+def _header_at(lines: Sequence[Sequence[str]]) -> tuple[int, bool, dict[str, str]]:
+    """How many lines stand above the header, whether units stand below it, and why that is thought so."""
+    skip = next((n for n, line in enumerate(lines) if _is_header(line)), 0)
+    reasons = {}
+    if skip:
+        some = [cell for cell in lines[skip] if cell][:3]
+        reasons["skip_lines"] = f"the first line of {len(lines[skip])} names is {some}…"
+    body = [line for line in lines[skip + 1 :] if len(line) == len(lines[skip]) and any(map(str.strip, line))]
     units_row = bool(body) and _is_units(body[0], body[1:])
     if units_row:
         reasons["units_row"] = f"the line under the header is {[cell for cell in body[0] if cell][:4]}…, over numbers"
-    return Dialect(separator, decimal, encoding, skip, units_row, reasons)
+    return skip, units_row, reasons
 
 
 def _encoding(raw: bytes, path: Path) -> tuple[str, str]:
@@ -121,8 +147,8 @@ def _is_header(line: Sequence[str]) -> bool:
     return len(filled) >= max(1, len(line) - 1) and not any(NUMBER.fullmatch(cell) for cell in filled)
 
 
-def _decimal(body: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
-    cells = [cell.strip() for line in body for cell in line]
+def _decimal(cells: Sequence[str]) -> tuple[str, str]:
+    cells = [cell.strip() for cell in cells]
     commas = [cell for cell in cells if re.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?", cell)]
     points = [cell for cell in cells if re.fullmatch(r"[-+]?\d+\.\d+([eE][-+]?\d+)?", cell)]
     thousands = [cell for cell in commas if re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", cell)]
@@ -144,35 +170,41 @@ def _is_units(first: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
 
 
 class RawTable(NamedTuple):
-    """The cells of a table as they are written, "" where there is nothing, by header; the line of the file that each
-    row stands in, and how many lines between them are blank."""
+    """The cells of a table as they are written, "" where there is nothing, by header; units under these, if there are;
+    the line of the file that each row stands in, and how many lines between them are blank."""
 
     columns: dict[str, list[str]]
+    units: dict[str, str]
     line_numbers: list[int]
     blank_lines: int
 
 
 def raw_table(path: Path, dialect: Dialect | None, sheet: str | int) -> RawTable:
-    """A table as it is written.
+    """A table as it is written; `dialect` is None for a kind that needs none.
 
     Raises:
         DataError: a line with more or fewer cells than the header.
     """
-    if dialect is not None:
+    if dialect is None:
+        found = tables.parquet_columns(path, ())
+        columns = {name: [tables.as_written(cell) for cell in cells] for name, cells in found.items()}
+        return RawTable(columns, {}, list(range(1, 1 + len(next(iter(columns.values()), [])))), 0)
+    above = dialect.skip_lines + 1 + dialect.units_row
+    if path.suffix.lower() in tables.WRITTEN:
         how = (path, dialect.separator, dialect.encoding)
-        names, _ = tables.csv_head(*how, dialect.skip_lines, dialect.units_row)
-        lines = list(tables.numbered_lines(*how))[dialect.skip_lines + 1 + dialect.units_row :]
-        told = [(number, line) for number, line in lines if any(cell.strip() for cell in line)]
-        for row, (number, line) in enumerate(told):
-            if len(line) != len(names):
-                raise DataError(
-                    f"{path}, row {row} (line {number}): found {len(line)} cells, expected {len(names)}, as in the "
-                    "header; mend the line, or pass --sep, if another mark separates the cells"
-                )
-        columns = {name: [line[k].strip() for _, line in told] for k, name in enumerate(names)}
-        return RawTable(columns, [number for number, _ in told], len(lines) - len(told))
-    excel = path.suffix.lower() == ".xlsx"
-    found = tables.xlsx_columns(path, ("",), sheet) if excel else tables.parquet_columns(path, ())
-    columns = {name: [tables.as_written(cell) for cell in cells] for name, cells in found.items()}
-    rows = len(next(iter(columns.values()), []))
-    return RawTable(columns, [row + 2 for row in range(rows)], 0)
+        names, units = tables.csv_head(*how, dialect.skip_lines, dialect.units_row)
+        lines = list(tables.numbered_lines(*how))[above:]
+    else:
+        names, units = tables.xlsx_head(path, sheet, dialect.skip_lines, dialect.units_row)
+        rows = enumerate(tables.sheet_rows(path, sheet).to_numpy().tolist(), start=1)
+        lines = [(n, [tables.as_written(cell, dialect.decimal) for cell in row]) for n, row in rows][above:]
+    told = [(number, line) for number, line in lines if any(cell.strip() for cell in line)]
+    for row, (number, line) in enumerate(told):
+        if len(line) != len(names):
+            raise DataError(
+                f"{path}, row {row} (line {number}): found {len(line)} cells, expected {len(names)}, as in the "
+                "header; mend the line, or pass --sep, if another mark separates the cells"
+            )
+    columns = {name: [line[k].strip() for _, line in told] for k, name in enumerate(names)}
+    stated = dict(zip(names, units, strict=False))
+    return RawTable(columns, stated, [number for number, _ in told], len(lines) - len(told))

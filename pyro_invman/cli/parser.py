@@ -43,6 +43,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _sheet(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands, for a program that is called `prog`."""
     top = _Parser(
@@ -153,7 +157,7 @@ def _tables(command: argparse.ArgumentParser, where: str) -> None:
     group.add_argument("--decimal", help="its decimal mark")
     group.add_argument("--encoding", help="its encoding")
     group.add_argument("--missing", metavar="TEXT,…", help="texts that mean 'not measured'")
-    group.add_argument("--sheet", help="sheet of an .xlsx")
+    group.add_argument("--sheet", type=_sheet, help="sheet of an .xlsx, by name or place from 0")
 
 
 def _demo(command: argparse.ArgumentParser) -> None:
@@ -170,7 +174,7 @@ def _describe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sep", help="what separates the cells (default: guessed)")
     command.add_argument("--decimal", choices=(".", ","), help="the decimal mark (default: guessed)")
     command.add_argument("--encoding", help="default: guessed")
-    command.add_argument("--sheet", help="sheet of an .xlsx (default: the first)")
+    command.add_argument("--sheet", type=_sheet, help="sheet of an .xlsx, by name or place from 0 (default: 0)")
 
 
 def _fit(command: argparse.ArgumentParser) -> None:

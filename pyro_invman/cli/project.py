@@ -66,7 +66,7 @@ class Project:
         """A table as this project says, or as the variables of a model."""
         said: dict[str, Any] = {}
         skip_lines, units_row = self.skip_lines, self.units_row
-        if variables is not None and Path(table).suffix.lower() in tables.WRITTEN and Path(table).is_file():
+        if variables is not None and Path(table).is_file():
             skip_lines, units_row = self._above(Path(table), variables)
         if variables is None:
             # a file that carries roles needs none here
@@ -92,13 +92,18 @@ class Project:
         )
 
     def _above(self, table: Path, variables: Variables) -> tuple[int, bool]:
-        """Lines above the header of a new .csv, and whether units stand below it: no more than in the table that was
+        """Lines above the header of a new table, and whether units stand below it: no more than in the table that was
         learned from, as a new one may lack them. The header is known by its names."""
-        if not self.skip_lines and not self.units_row:
+        kind, head = table.suffix.lower(), list[list[str]]()
+        if kind in tables.WRITTEN:
+            head = list(islice(tables.csv_lines(table, self.separator, self.encoding), self.skip_lines + 2))
+        elif kind == ".xlsx":
+            rows = tables.sheet_rows(table, self.sheet).head(self.skip_lines + 2).to_numpy().tolist()
+            head = [[tables.as_written(cell, self.decimal) for cell in row] for row in rows]
+        if not (self.skip_lines or self.units_row) or not head:
             return 0, False
         known = {*self.columns, *variables.names}
         numeric = {v.name for v in variables if not v.discrete}
-        head = list(islice(tables.csv_lines(table, self.separator, self.encoding), self.skip_lines + 2))
         named = (n for n, line in enumerate(head[: self.skip_lines + 1]) if known & {cell.strip() for cell in line})
         skip = next(named, self.skip_lines)
         if not self.units_row or len(head) < skip + 2:
