@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,14 +31,13 @@ METHODS = ("auto", "posterior", "marginal", "marginal_likelihood", "vnmc", "cont
 _BATCHES = 16  # over which `num_samples` are spread
 _BATCHES_IN_TIME = 3, 10  # into which time is cut, at least and otherwise
 _PILOT = 0.15  # share of the time in which proposals get the draws that they are fitted to
-_GROWN = 8  # times the draws of a trial batch that the next one has
-_TRIED = 0.03  # share of the time left that a trial batch takes at least, to tell how long others will
+_GROWN = 4  # times the draws of a trial batch that the next one has
 _FIRST_LOOK = 8  # batches before the bracket may end the search
 _MOST_NUMBERS = 2**22  # numbers a batch
 _COMPONENTS = 6  # of a proposal whose moments do not suffice
 _MOST_POINTS = 4096  # inner draws
 _DEAR = 512  # nested draws that the time left should allow
-_LEAST_SHARE = 1 / 64  # of the draws, for which the dear terms are computed
+_LEAST_SHARE = 1 / 64, 1 / 8  # of the draws, for which the dear terms are computed
 _LEAST_WEIGHED = 50.0  # effective draws of a batch under past data
 
 
@@ -243,7 +241,9 @@ class _Search:
         if math.isfinite(self.max_seconds):
             took = []
             for few in (32, 512) if self.experiment.vectorized else (8, 16):
-                took.append(_seconds(partial(self.draw, few, quasi=False)))
+                began = time.monotonic()
+                self.draw(few, quasi=False)
+                took.append(time.monotonic() - began)
             each = max((took[1] - took[0]) / (few / 2), took[1] / few / _GROWN)
             wanted = max(64, min(wanted, int(_PILOT * self.max_seconds / each)))
         return wanted
@@ -367,9 +367,9 @@ class _Search:
     def run(self) -> xr.Dataset:
         estimator = self.estimator()
         num = max(2, 2 ** int(math.log2(min(self.num_samples / _BATCHES, self.most))))
-        if math.isfinite(self.max_seconds):
-            num = self._affordable(estimator, num)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        if math.isfinite(self.max_seconds):
+            num, found = self._affordable(estimator, num)
         took = 0.0
         while True:
             start = time.monotonic()
@@ -383,15 +383,17 @@ class _Search:
                 break
         return self._result(found, estimator, num)
 
-    def _affordable(self, estimator: _Estimator, num: int) -> int:
+    def _affordable(self, estimator: _Estimator, num: int) -> tuple[int, list[tuple[Tensor, Tensor, Tensor]]]:
         """Draws a batch, such that the time left is cut into enough batches: some of what trials take they take however
-        few their draws, the rest for each. Where the former is much, batches are fewer, lest it take most time."""
+        few their draws, the rest for each. Where the former is much, batches are fewer, lest it take most time. The
+        last trial is the first batch where it is as large."""
         trial = 32 if self.experiment.vectorized else 4
         took: list[float] = []
         while True:
-            took.append(_seconds(partial(estimator.batch, trial)))
-            enough = _TRIED * self.left() if len(took) > 1 else self.left() / 2
-            if took[-1] > enough or _GROWN * trial > num:
+            began = time.monotonic()
+            last = estimator.batch(trial)
+            took.append(time.monotonic() - began)
+            if took[-1] > self.left() / (2 * _GROWN if len(took) > 1 else _GROWN) or _GROWN * trial > num:
                 break
             trial *= _GROWN
         each = took[-1] / trial
@@ -399,7 +401,10 @@ class _Search:
             each = max((took[-1] - took[-2]) / (trial - trial / _GROWN), each / _GROWN)
         fixed = took[-1] - each * trial
         least, wanted = (max(self.left(), 0.0) / count - fixed for count in _BATCHES_IN_TIME)
-        return int(min(num, 2 ** int(math.log2(max(wanted / each, min(fixed, least) / each, 8)))))
+        affordable = max(wanted, min(fixed, least)) / each
+        if affordable < 2 * trial:
+            return trial, [last]
+        return int(min(num, 2 ** int(math.log2(affordable)))), []
 
     def _narrow(self, found: list[tuple[Tensor, Tensor, Tensor]], estimator: _Estimator, num: int) -> bool:
         if not any(estimator.sides):
@@ -435,12 +440,6 @@ def _mean(terms: Tensor, log_weight: Tensor) -> Tensor:
     return torch.where(weights > 0, weights * terms.double(), 0.0).sum(0)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
-
-
 def _infinite(terms: Tensor) -> Tensor:
     return (~terms.isfinite()).sum(0)
 
@@ -453,6 +452,8 @@ def _worth(low: Tensor, control: Tensor | None, cost: float) -> tuple[Tensor, fl
     covariance = ((low - low.mean(0)) * (control - control.mean(0))).sum(0) / (len(low) - 1)
     slope = (covariance / spread).clamp(0.0, 1.0)
     slope = torch.where((slope - 1).abs() < 0.1, torch.ones_like(slope), slope)
-    rest = (low - slope * control).var(0).mean()
-    ratio = math.sqrt(float(rest / ((slope.square() * spread).mean() + 1e-30)) / cost)
-    return slope, 2.0 ** round(math.log2(min(max(ratio, _LEAST_SHARE), 1.0)))
+    rest, moved = (low - slope * control).var(0), slope.square() * spread + 1e-30
+    # few will do only where the control says the rest at every candidate: where it does not, the dear terms say all
+    least = float(((rest / moved).max() / cost).sqrt().clamp(*_LEAST_SHARE))
+    ratio = float((rest.mean() / moved.mean() / cost).sqrt().clamp(least, 1.0))
+    return slope, 2.0 ** round(math.log2(ratio))

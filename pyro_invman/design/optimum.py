@@ -57,7 +57,7 @@ def optimize(
     from fresh quasi-random draws at each step, the same for all starts; its gradient is exact where outcomes can be
     counted, pathwise where they can be differentiated through, and a score with a control variate
     elsewhere (see :class:`pyro_invman.design.slope.Slope`). All starts climb in one pass of the model; after three
-    fifths of the steps the best quarter goes on, with four times the draws and an eighth of the step. Where all ended
+    fifths of the steps the best quarter goes on, with four times the draws and an eighth of the step. Where they ended
     is compared by :func:`expected_information_gain` on fresh draws, and the best is asked again on others, so that
     neither the ascent nor the choice makes its gain look higher than it is.
 
@@ -144,7 +144,9 @@ def optimize(
     compared = None
     if len(ends) > 1:
         compared = evaluated(ends, _COMPARING, _SEEDS[0], num_samples=_COMPARED if vectorized else 256)
-        best = int(torch.as_tensor(compared.eig.values).nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
+        eig = torch.as_tensor(compared.eig.values).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        gone_on = climbed.bounds[-1].isfinite()
+        best = int((torch.where(gone_on, eig, -torch.inf) if gone_on.any() else eig).argmax())
     bracket = evaluated(ends[best : best + 1], 1.0, _SEEDS[1])
     compared = bracket if compared is None else compared
     attrs = {
