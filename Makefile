@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test lint types tutorials docs clean
 
 install: $(VENV)/.tables
 
@@ -20,6 +20,12 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy pyro_invman
 
+tutorials: $(VENV)/.docs
+	$(BIN)/python docs/notebooks.py
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -35,5 +41,9 @@ $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.core
 
+$(VENV)/.docs: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@ $(VENV)/.core
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build docs/tutorials $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
