@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from pyro_invman.cli.project import Project, load_project, names, pairs, project_file, with_options
+from pyro_invman.cli.project import Project, load_project, project_file, with_options
+from pyro_invman.cli.typed import Names, names, pairs
 from pyro_invman.variables import DataError, Variable, Variables
 
 WHOLE = Project(
@@ -105,6 +106,22 @@ def test_what_is_no_pair_is_refused(text):
 def test_names_may_hold_commas():
     assert names("power, P, max (W),alloy", KNOWN) == ["power", "P, max (W)", "alloy"]
     assert names("unknown,power", KNOWN) == ["unknown", "power"]
+
+
+def test_a_variable_goes_by_its_header_too_and_in_letters_of_any_size():
+    variables = Variables([Variable(name, "parameter") for name in ("power", "Gas", "a", "A")])
+    called = Names(variables, {"Power, max (W)": "power", "Gas": "gas", "no": "left_out"})
+    assert called.pairs("Power, max (W)=3,GAS=1,A=2", "given") == {
+        "power": "3", "Gas": "1", "A": "2",
+    }  # fmt: skip
+    assert called.list("Power, max (W),gas,a") == ["power", "Gas", "a"] and called.of("POWER, MAX (W)") == "power"
+    with pytest.raises(DataError, match="unknown variable 'no'"):
+        called.of("no")
+    with pytest.raises(DataError, match="power is given twice"):
+        called.pairs("power=1,Power, max (W)=3", "given")
+    both = Names(Variables([Variable("ab", "parameter"), Variable("AB", "parameter")]), {})
+    with pytest.raises(DataError, match="'Ab' may be AB or ab"):
+        both.of("Ab")
 
 
 # ------------------------------------------------------------------------------------------------ tables for a model

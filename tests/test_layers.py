@@ -69,7 +69,7 @@ FLOORS = [
     ["design.optimum"],
     ["design.told"],
     ["design.sequential"],
-    ["cli.printed", "cli.dialect", "cli.headers"],
+    ["cli.printed", "cli.dialect", "cli.headers", "cli.typed"],
     ["cli.project", "cli.guesses"],
     ["cli.questions", "cli.fitting", "cli.describe"],
     ["cli.asking", "cli.tasks", "cli.designs", "cli.demo", "cli.reporting"],

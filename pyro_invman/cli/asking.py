@@ -21,6 +21,7 @@ from pyro_invman.cli.questions import (
     rows_of,
     targets_of,
 )  # fmt: skip
+from pyro_invman.cli.typed import Names
 from pyro_invman.data import from_tensor, labels_of, to_tensor
 from pyro_invman.joint import JointFlow
 from pyro_invman.tasks.manifold import ProcessManifold
@@ -42,7 +43,7 @@ def _ask(arguments: argparse.Namespace, roles: tuple[str, ...]) -> None:
     variables: Variables = model.variables
     project = project_of(arguments, arguments.model)
     given, rows = givens_of(arguments, model, project)
-    targets = targets_of(arguments.targets, variables, roles, list(given))
+    targets = targets_of(arguments.targets, Names(variables, project.columns), variables, roles, list(given))
     report: dict[str, Any] = {"given": given}
     answerer: Any = model
     if isinstance(model, ProcessManifold):

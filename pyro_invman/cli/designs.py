@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyro_invman.cli.printed import answer, headed, say, table
-from pyro_invman.cli.project import Project, names, pairs, project_of
+from pyro_invman.cli.project import Project, project_of
 from pyro_invman.cli.questions import coded, level, model_of, one_task, rows_of, values_of
+from pyro_invman.cli.typed import Names
 from pyro_invman.data import from_columns
 from pyro_invman.design.campaign import Campaign
 from pyro_invman.tables import suggest
@@ -41,7 +42,7 @@ def design(arguments: argparse.Namespace) -> None:
         candidates,
         cost=cost,
         objective=_objective(arguments, project, variables, candidates),
-        conditions=coded(values_of(arguments.conditions, variables, "conditions"), variables),
+        conditions=coded(values_of(arguments.conditions, Names(variables, project.columns), "conditions"), variables),
         seed=arguments.seed,
     )
     chosen = campaign.suggest(arguments.n)
@@ -90,7 +91,7 @@ def _candidates(arguments: argparse.Namespace, project: Project, variables: Vari
     if bool(arguments.candidates) == bool(arguments.grid):
         raise DataError("design: expected either --candidates TABLE or --grid name=LOW:HIGH:COUNT,…")
     if arguments.grid:
-        return grid(arguments.grid, variables)
+        return grid(arguments.grid, variables, Names(variables, project.columns))
     beside = [name for name in (cost, "measure") if name]
     ds = rows_of(arguments.candidates, project, variables, beside=beside)
     if cost not in (None, "cost") and cost not in ds.coords:
@@ -100,14 +101,14 @@ def _candidates(arguments: argparse.Namespace, project: Project, variables: Vari
     return ds.drop_vars(empty) if "measure" in ds.coords else ds
 
 
-def grid(texts: list[str], variables: Variables) -> xr.Dataset:
+def grid(texts: list[str], variables: Variables, called: Names) -> xr.Dataset:
     """Candidates at every combination of ``name=LOW:HIGH:COUNT``, ``name=VALUE`` or ``name=LEVEL|LEVEL``.
 
     Raises:
         DataError: an unknown name, a range that is none, or more combinations than can be weighed.
     """
     axes: dict[str, list[Any]] = {}
-    for name, text in pairs(texts, "grid", variables.names).items():
+    for name, text in called.pairs(texts, "grid").items():
         variable = variables[variables.index(name)]
         if variable.role == "observation":
             raise DataError(f"--grid {name}: is an observation, which is measured; expected settings")
@@ -156,8 +157,7 @@ def _objective(
         if kind == "task" and not what:
             found["task"] = True
         elif kind in ("parameters", "predict") and what:
-            found[kind] = names(what, variables.names)
-            variables.indices(found[kind])
+            found[kind] = Names(variables, project.columns).list(what)
         else:
             raise DataError(f"--objective: found {text!r}, expected task, parameters=name,… or predict=name,…")
     if "parameters" in found and arguments.parameters_of:

@@ -16,7 +16,7 @@ _PARAMETERS = words(
 )
 _OBSERVATIONS = words(
     "depth width length height yield hardness strength response signal measured result output intensity roughness",
-    "porosity concentration conc error score observed reading displacement strain stress efficiency quality defect",
+    "porosity error score observed reading displacement strain stress efficiency quality defect",
     "crack mode toughness modulus loss count titer effect",
 )
 _CONDITIONS = words(

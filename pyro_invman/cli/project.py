@@ -9,12 +9,13 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_invman import tables
 from pyro_invman.cli.printed import say
+from pyro_invman.cli.typed import pairs
 from pyro_invman.data import read
 from pyro_invman.variables import DataError, Variables
 
@@ -262,47 +263,3 @@ def with_options(project: Project, arguments: argparse.Namespace) -> Project:
         supports={**project.supports, **pairs(said.get("supports"), "supports")},
         units={**project.units, **pairs(said.get("units"), "units")},
     )
-
-
-# ---------------------------------------------------------------------------------------------- name=value,…
-def pairs(texts: Sequence[str] | str | None, what: str, known: Sequence[str] = ()) -> dict[str, str]:
-    """``name=value,…`` by name; a name that is `known` may hold commas and equals signs of its own.
-
-    Raises:
-        DataError: a part is not name=value.
-    """
-    given = [texts] if isinstance(texts, str) else list(texts or [])
-    found: dict[str, str] = {}
-    for part in chain.from_iterable(_parts(text, known) for text in given):
-        name = next((each for each in _longest(known) if part.startswith(f"{each}=")), None)
-        name, equals, value = part.partition("=") if name is None else (name, "=", part[len(name) + 1 :])
-        if not equals or not name.strip() or not value.strip():
-            raise DataError(f"--{what}: found {part!r}, expected name=value, separated by commas")
-        found[name.strip()] = value.strip()
-    return found
-
-
-def _parts(text: str, known: Sequence[str]) -> list[str]:
-    """`text` cut at commas; where names are known, at those that a known name and "=" follow, if it starts so too."""
-    names = "|".join(re.escape(name) for name in _longest(known))
-    if names and re.match(rf"\s*({names})=", text):
-        return [part.strip() for part in re.split(rf",\s*(?=(?:{names}|[^\W\d]\w*)=)", text.rstrip(", "))]
-    return [part for part in text.split(",") if part]
-
-
-def _longest(known: Sequence[str]) -> list[str]:
-    return sorted(known, key=len, reverse=True)
-
-
-def names(text: str, known: Sequence[str]) -> list[str]:
-    """``name,…`` as names; one that is `known` may hold commas."""
-    pieces, found = [piece.strip() for piece in text.split(",")], []
-    while pieces:
-        whole = next(
-            (n for n in range(len(pieces), 0, -1) if ", ".join(pieces[:n]) in known or ",".join(pieces[:n]) in known), 1
-        )
-        name = ", ".join(pieces[:whole]) if ", ".join(pieces[:whole]) in known else ",".join(pieces[:whole])
-        if name:
-            found.append(name)
-        pieces = pieces[whole:]
-    return found

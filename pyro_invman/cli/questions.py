@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_invman.cli.printed import say
-from pyro_invman.cli.project import Project, names, pairs
+from pyro_invman.cli.project import Project
+from pyro_invman.cli.typed import Names
 from pyro_invman.data import labels_of, to_tensor
 from pyro_invman.joint import JointFlow
 from pyro_invman.saved import load
@@ -38,15 +39,15 @@ def model_of(folder: str, *kinds: type) -> Any:
     return model
 
 
-def values_of(texts: Any, variables: Variables, what: str = "given") -> dict[str, Any]:
+def values_of(texts: Any, called: Names, what: str = "given") -> dict[str, Any]:
     """``name=value,…`` as numbers and names of levels.
 
     Raises:
         DataError: an unknown name, or no number where one is expected.
     """
     found: dict[str, Any] = {}
-    for name, text in pairs(texts, what, variables.names).items():
-        variable = variables[variables.index(name)]
+    for name, text in called.pairs(texts, what).items():
+        variable = called.variable(name)
         if variable.discrete:
             if text not in variable.levels:
                 raise DataError(f"--{what} {name}: found {text!r}; {suggest(text, variable.levels)}")
@@ -59,21 +60,20 @@ def values_of(texts: Any, variables: Variables, what: str = "given") -> dict[str
     return found
 
 
-def targets_of(text: str | None, variables: Variables, roles: Sequence[str], given: Sequence[str]) -> list[str]:
+def targets_of(
+    text: str | None, called: Names, variables: Variables, roles: Sequence[str], given: Sequence[str]
+) -> list[str]:
     """The names asked for; by default all variables of some roles that are not given.
 
     Raises:
         DataError: an unknown name, or none that is left.
     """
     if text is not None:
-        found = names(text, variables.names)
-        variables.indices(found)
-    else:
-        found = [v.name for v in variables if v.role in roles and v.name not in given]
-        if not found:
-            raise DataError(
-                f"--targets: no {' or '.join(roles)} is left to ask for; name some of {list(variables.names)}"
-            )
+        return called.list(text)
+    found = [v.name for v in variables if v.role in roles and v.name not in given]
+    if not found:
+        left = " or ".join(roles)
+        raise DataError(f"--targets: no {left} is left to ask for; name some of {list(variables.names)}")
     return found
 
 
@@ -124,7 +124,8 @@ def asked_task(
         raise DataError(f"--of {arguments.of}: found no --rows, expected the table with rows of that task")
     else:
         say("no --rows: the answer is about a task of which nothing is known")
-    conditions = coded(values_of(arguments.conditions, manifold.variables, "conditions"), manifold.variables)
+    called = Names(manifold.variables, project.columns)
+    conditions = coded(values_of(arguments.conditions, called, "conditions"), manifold.variables)
     return manifold.infer_task(rows, arguments.method, conditions, seed=arguments.seed), rows
 
 
@@ -140,7 +141,7 @@ def givens_of(
     arguments: argparse.Namespace, model: JointFlow | ProcessManifold, project: Project
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What is given: by name for all rows, and the rows (R, D) that are to be answered, if a table of them is."""
-    given = values_of(arguments.given, model.variables)
+    given = values_of(arguments.given, Names(model.variables, project.columns))
     if not arguments.table:
         return given, None
     ds = rows_of(arguments.table, project, model.variables)
