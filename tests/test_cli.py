@@ -406,6 +406,19 @@ def load_held_out(model):
     return pyro_invman.read(model / "held_out.nc", training=False)
 
 
+# ------------------------------------------------------------------------------------------------ demo
+def test_the_demo_answers_an_inverse_question(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--seconds", "1", "--tracks", "10", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    power = report["answer"][0]
+    assert power["target"] == "power_W" and power["units"] == "W"
+    before, after = power["before: 95 %"] / power["before: 5 %"], power["95 %"] / power["5 %"]
+    assert after < before  # a width says something of the power
+    assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("posterior", "history", "predictive"))
+    assert main(["infer", str(out / "model"), "--given", "depth_um=120,width_um=150", "--targets", "power_W"]) == 0
+
+
 # ------------------------------------------------------------------------------------------------ failures
 def test_a_model_of_another_kind_is_refused(model, manifold, new, capsys):
     assert main(["fingerprint", str(model), "--rows", str(new)]) == 1

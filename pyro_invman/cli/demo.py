@@ -22,11 +22,12 @@ def demo(arguments: argparse.Namespace) -> None:
 
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    say("Simulating 40 alloys × machines, 60 tracks each; cells are missing as they are in practice.")
-    ds = melt_pool.simulate(40, 60, seed=arguments.seed)
-    whole = melt_pool.simulate(40, 60, seed=arguments.seed, missing=False, reveal_hidden=1.0)
+    tracks = arguments.tracks
+    say(f"Simulating 40 alloys × machines, {tracks} tracks each; cells are missing as they are in practice.")
+    ds = melt_pool.simulate(40, tracks, seed=arguments.seed)
+    whole = melt_pool.simulate(40, tracks, seed=arguments.seed, missing=False, reveal_hidden=1.0)
     order = torch.randperm(ds.sizes["row"], generator=torch.Generator().manual_seed(arguments.seed)).numpy()
-    held_out, training = order[:240], order[240:]
+    held_out, training = order[: len(order) // 10], order[len(order) // 10 :]
     train, test = ds.isel(row=training), ds.isel(row=held_out)
     missing = float(sum(int(ds[name].isnull().sum()) for name in ds.data_vars)) / (len(ds.data_vars) * ds.sizes["row"])
     say(f"{len(training)} rows to learn from, {missing:.0%} of all cells missing; fitting for {arguments.seconds:g} s.")

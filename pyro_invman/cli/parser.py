@@ -163,6 +163,7 @@ def _tables(command: argparse.ArgumentParser, where: str) -> None:
 def _demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", default="demo", help="folder for the model and the pictures")
     command.add_argument("--seconds", type=float, default=75.0, help="wall time of the fit")
+    command.add_argument("--tracks", type=_count, default=60, help="of each simulated alloy")
     _seed(command)
 
 
