@@ -14,10 +14,10 @@ import pytest
 import torch
 import xarray as xr
 
-import pyro_invman
 from pyro_invman import load
 from pyro_invman.cli import held_out_report, main, quantile_rows
 from pyro_invman.cli.parser import parser
+from pyro_invman.results import from_record
 
 ROLES = "power_W=parameter,alloy=condition,depth_um=observation"
 SUPPORTS = "alloy=categorical"
@@ -361,6 +361,18 @@ def test_design_over_a_grid_is_written_to_be_filled_in(manifold, new, tmp_path, 
     assert main(["fingerprint", str(manifold), "--rows", str(filled)]) == 0
 
 
+def test_design_for_settings_that_are_sought(manifold, new, tmp_path, capsys):
+    """Where x of a row with a known y is asked for, rows that tell the level are worth most before any is known."""
+    of = tmp_path / "of.csv"
+    of.write_text("x;y\n;0,9\n")
+    ask = ["design", str(manifold), "--grid", "x=-1:1:3", "--objective", "parameters=x", "--parameters-of", str(of)]
+    gains = []
+    for more in ([], ["--rows", str(new)]):
+        assert main([*ask, *more, "--json"]) == 0
+        gains.append(json.loads(capsys.readouterr().out)["suggested"][0]["gain [nat]"])
+    assert gains[0] > 0.5 and gains[1] < 0.5 * gains[0]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -397,13 +409,16 @@ def test_report_on_rows_that_were_kept_from_the_fit(model, table, tmp_path, caps
     assert main(["report", str(model), "--out", str(tmp_path / "report.pdf")]) == 1
     assert "expected .html" in capsys.readouterr().err
     shutil.copytree(model, tmp_path / "m")
-    (tmp_path / "m" / "held_out.nc").unlink()
+    (tmp_path / "m" / "held_out.json").write_text("{}")
+    assert main(["report", str(tmp_path / "m")]) == 1
+    assert "held_out.json: damaged" in capsys.readouterr().err
+    (tmp_path / "m" / "held_out.json").unlink()
     assert main(["report", str(tmp_path / "m")]) == 1
     assert "kept no rows" in capsys.readouterr().err
 
 
 def load_held_out(model):
-    return pyro_invman.read(model / "held_out.nc", training=False)
+    return from_record(json.loads((model / "held_out.json").read_text()))
 
 
 # ------------------------------------------------------------------------------------------------ demo

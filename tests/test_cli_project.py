@@ -77,7 +77,7 @@ def test_options_go_before_the_file():
 
 
 # ------------------------------------------------------------------------------------------------ names and values
-KNOWN = ("power", "a=b", "P, max (W)", "alloy")
+KNOWN = ("power", "a=b", "P, max (W)", "alloy", "y, out")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,11 @@ KNOWN = ("power", "a=b", "P, max (W)", "alloy")
         ("power=1,alloy=Ti", {"power": "1", "alloy": "Ti"}),
         (["power=1", "alloy=Ti"], {"power": "1", "alloy": "Ti"}),
         ("a=b=3", {"a=b": "3"}),
+        ("y, out=1,a=b=3", {"y, out": "1", "a=b": "3"}),
         ("P, max (W)=200,power=1", {"P, max (W)": "200", "power": "1"}),
         ("alloy=Ti, grade 5, power=1", {"alloy": "Ti, grade 5", "power": "1"}),
+        ("power=1, P, max (W)=200", {"power": "1", "P, max (W)": "200"}),
+        ("depht=2,power=1", {"depht": "2", "power": "1"}),
         ("power=1,depht=2", {"power": "1", "depht": "2"}),
         ("power=1,", {"power": "1"}),
         (None, {}),

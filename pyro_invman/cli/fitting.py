@@ -23,7 +23,7 @@ from pyro_invman.variables import DataError
 if TYPE_CHECKING:
     import xarray as xr
 
-HELD_OUT, HISTORY = "held_out.nc", "history.json"
+HELD_OUT, HISTORY = "held_out.json", "history.json"
 """What a fit keeps beside its model: rows that it did not learn from, and its history."""
 _FEWEST_TASKS = 5  # below which none is kept from the fit
 _QUESTIONS = 60
@@ -74,7 +74,7 @@ def fit(arguments: argparse.Namespace) -> None:
     (folder / HISTORY).write_text(json.dumps(to_record(history)), encoding="utf-8")
     (folder / HELD_OUT).unlink(missing_ok=True)
     if held_out is not None:
-        held_out.to_netcdf(folder / HELD_OUT)
+        (folder / HELD_OUT).write_text(json.dumps(to_record(held_out)), encoding="utf-8")
     checkpoint.unlink(missing_ok=True)
     report: dict[str, Any] = {
         "model": str(arguments.out),

@@ -12,7 +12,6 @@ from pyro_invman.cli.fitting import HELD_OUT, HISTORY
 from pyro_invman.cli.printed import answer, say, table
 from pyro_invman.cli.project import project_of
 from pyro_invman.cli.questions import model_of, rows_of
-from pyro_invman.data import read
 from pyro_invman.diagnostics import report as report_on
 from pyro_invman.results import from_record
 from pyro_invman.variables import DataError
@@ -63,9 +62,19 @@ def _held_out(arguments: argparse.Namespace, variables: Any) -> xr.Dataset:
     kept = Path(arguments.model) / HELD_OUT
     if not kept.is_file():
         raise DataError(f"{arguments.model}: `fit` kept no rows from the fit; name a table of others by --table")
-    return read(kept, variables=variables, training=False)
+    return _record(kept)
 
 
 def _history(folder: str) -> xr.Dataset | None:
     path = Path(folder) / HISTORY
-    return from_record(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return _record(path) if path.is_file() else None
+
+
+def _record(path: Path) -> xr.Dataset:
+    try:
+        found = from_record(json.loads(path.read_text(encoding="utf-8")))
+        if not found.data_vars:
+            raise ValueError("nothing in it")
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged, it cannot be read ({error!r})") from error

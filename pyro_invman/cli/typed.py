@@ -87,11 +87,18 @@ def pairs(texts: Sequence[str] | str | None, what: str, known: Sequence[str] = (
 
 
 def _parts(text: str, known: Sequence[str]) -> list[str]:
-    """`text` cut at commas; where names are known, at those that a known name and "=" follow, if it starts so too."""
+    """`text` cut at commas; where names are known, at those that a name and "=" follow, and not within a name."""
+    if not known:
+        return [part for part in text.split(",") if part]
     names = "|".join(re.escape(name) for name in _longest(known))
-    if names and re.match(rf"\s*({names})=", text):
-        return [part.strip() for part in re.split(rf",\s*(?=(?:{names}|[^\W\d]\w*)=)", text.rstrip(", "))]
-    return [part for part in text.split(",") if part]
+    name, cut = re.compile(rf"\s*(?:{names})="), re.compile(rf",\s*(?=(?:{names}|[^\W\d]\w*)=)")
+    parts, start, text = list[str](), 0, text.rstrip(", ")
+    while start < len(text):
+        found = name.match(text, start)
+        comma = cut.search(text, found.end() if found else start)
+        parts.append(text[start : comma.start() if comma else len(text)].strip())
+        start = comma.end() if comma else len(text)
+    return parts
 
 
 def _longest(known: Sequence[str]) -> list[str]:
