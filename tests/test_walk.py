@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyro_invman.cli import main
+from pyro_invman.cli.parser import parser
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Your own table")[2].partition("\n### ")[0]
@@ -90,3 +91,11 @@ def test_the_readme_leads_from_a_messy_table_to_a_posterior_and_a_fingerprint(fo
     with open("filled.csv", encoding="latin1") as file:
         filled = list(csv.DictReader(file, delimiter=";"))
     assert len(filled) == 3 * 96 and all(line["depth"] and line["Gas"] in ("Ar", "N2") for line in filled)
+
+
+TYPED = re.findall(r"^(?:\$ |  )(?:python -m pyro_invman|invman) (.*?)\s*(?:#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_every_command_of_the_readme_can_be_typed(command):
+    assert parser("invman").parse_args(shlex.split(command)).command == command.split()[0]
