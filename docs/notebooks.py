@@ -24,6 +24,9 @@ ORDER = (
     "pyro_models",
     "many_tasks",
     "unpaired_populations",
+    "which_measurement_next",
+    "several_sources",
+    "real_melt_pools",
     "from_a_simulator",
 )
 NOT_EXECUTED = "*This page shows the code without its results; `make tutorials` runs it.*"
@@ -43,6 +46,7 @@ def execute(name: str) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # widgets are of no use on a page
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     made = notebook(name)
     client = NotebookClient(made, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
