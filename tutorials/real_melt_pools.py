@@ -192,8 +192,9 @@ plt.show()
 # %% [markdown]
 # **How to read them.** Left: in how many rows two variables were measured together; an empty cell would be a pair that
 # only others link. Middle and right: depths of a paper that was never seen, before any of its rows is known and after
-# five: points move towards the line and bars get shorter. How often the bars hold the truth stands above each, and over
-# all held-out papers in the numbers printed above: before any row the intervals are wide and hold nearly all; after
-# five they hold some four in five, where nine in ten are claimed. Papers differ in more than fifty of them can teach.
-# Before such intervals are relied on, they should be recalibrated on held-out papers (`pim.diagnostics.temperature` or
+# five. How often the bars hold the truth stands above each, and over all held-out papers in the numbers printed above.
+# Medians come nearer with each row. The intervals hold about what they claim before any row, and too little after two
+# and five (some three in four truths, where nine in ten are claimed): papers differ in more than fifty of them can
+# teach, and one or two that are unlike all others make the mean loss rise, as its standard error says. Before such
+# intervals are relied on, they should be recalibrated on held-out papers (`pim.diagnostics.temperature` or
 # `.conformal`), and `pim.diagnostics.report` says for each direction whether it can be used at all.
