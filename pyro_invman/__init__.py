@@ -12,12 +12,13 @@ from pyro_invman.identification import UnidentifiedConditional
 from pyro_invman.inference_data import to_datatree
 from pyro_invman.information import MutualInformation
 from pyro_invman.joint import JointFlow
+from pyro_invman.populations import SmallPopulation, UnfamiliarCondition
 from pyro_invman.saved import load
 from pyro_invman.tasks.manifold import ProcessManifold
 from pyro_invman.tasks.posterior import TaskPosterior
 from pyro_invman.tasks.typicality import UnfamiliarTask
 from pyro_invman.training import Schedule
-from pyro_invman.transport import ConditionalTransport, SmallPopulation, UnfamiliarCondition
+from pyro_invman.transport import ConditionalTransport
 from pyro_invman.variables import DataError, Variable, Variables
 
 __version__ = "0.1.0"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,16 @@ from torch import Tensor, nn
 
 from pyro_invman import storage
 from pyro_invman.density.bijections import Flowed, Linear, TransportMap, standardised
-from pyro_invman.density.conditional_law import ConditionalLaw, Parts, Population, optimal_turn
+from pyro_invman.density.conditional_law import ConditionalLaw, Parts, Population, optimal_turn, turn_of_pairs
 from pyro_invman.density.coupling import Anchor, Coupling, coupled_draws, fit_couples
 from pyro_invman.density.velocity import Solver, VelocityField
+from pyro_invman.populations import (
+    check_finite,
+    checked_pairs,
+    checked_table,
+    warn_if_small,
+    warn_if_unfamiliar,
+)
 from pyro_invman.results import history_dataset
 from pyro_invman.training import Schedule
 from pyro_invman.variables import DataError
@@ -27,16 +33,6 @@ if TYPE_CHECKING:
 
 ENGINES = ("optimal", "base", "batch")
 POPULATIONS = ("source", "target")
-_LEAST_ROWS = 10
-_MUCH_SMALLER = 20
-
-
-class UnfamiliarCondition(UserWarning):
-    """A condition lies outside those that both populations were seen at."""
-
-
-class SmallPopulation(UserWarning):
-    """One population has many times fewer rows than the other."""
 
 
 class ConditionalTransport(ConditionalTransformModule):
@@ -108,7 +104,7 @@ class ConditionalTransport(ConditionalTransformModule):
         noise: float = 0.1,
         scales: Sequence[float] | None = None,
         coupling: Coupling | None = None,
-        groups: int = 512,
+        groups: int = 1024,
         group_size: int = 64,
         seed: int = 0,
         **architecture: Any,
@@ -131,6 +127,7 @@ class ConditionalTransport(ConditionalTransformModule):
         self.register_buffer("middle", torch.zeros(event_dim))
         self.register_buffer("spread", torch.ones(event_dim))
         self.register_buffer("length", torch.ones(event_dim))
+        self.register_buffer("beyond", torch.eye(event_dim))
         self.register_buffer("context_mean", torch.zeros(context_dim))
         self.register_buffer("context_scale", torch.ones(context_dim))
         self.register_buffer("context_low", torch.full((context_dim,), -math.inf))
@@ -140,6 +137,7 @@ class ConditionalTransport(ConditionalTransformModule):
     middle: Tensor
     spread: Tensor
     length: Tensor
+    beyond: Tensor
     context_mean: Tensor
     context_scale: Tensor
     context_low: Tensor
@@ -183,7 +181,7 @@ class ConditionalTransport(ConditionalTransformModule):
         Raises:
             DataError: x or c has another dimension than the map, or is not finite; or evaluations are too few.
         """
-        self._check(x, self.dim, "x")
+        check_finite(x, self.dim, "x")
         return self.condition(c, self._within(evaluations))(self._widened(x))
 
     def given(self, x: Tensor, c: Tensor, solver: Solver | None = None) -> dist.TransformedDistribution:
@@ -195,7 +193,7 @@ class ConditionalTransport(ConditionalTransformModule):
         """
         if not self.stochastic:
             raise DataError("given: the map is not stochastic, and sends x to one point; ask with stochastic=True")
-        self._check(x, self.dim, "x")
+        check_finite(x, self.dim, "x")
         spread = (self.noise * self.spread).to(x).expand_as(x)
         return dist.TransformedDistribution(dist.Normal(x, spread).to_event(1), [self.condition(c, solver)])
 
@@ -251,7 +249,7 @@ class ConditionalTransport(ConditionalTransformModule):
             place = standardised(self.middle, self.length)
             return [place, Flowed(self._field, c, solver), place.inv]
         source, target = (law.root(c) for law in self._laws)
-        turn = optimal_turn(source, target, self.length)
+        turn = optimal_turn(source, target, self.length, self.beyond)
         if self.engine == "optimal":
             return [source.inv, turn, Flowed(self._field, c, solver), target]
         to_noise = Flowed(self._laws[0].field, c, solver, reverse=True)
@@ -272,10 +270,10 @@ class ConditionalTransport(ConditionalTransformModule):
     ) -> xr.Dataset:
         r"""Learns the map from two unpaired tables; returns the history over ``step``, ``part`` by part.
 
-        Known pairs anchor the coupling of the engine ``"optimal"``: a Gaussian process learns where they send points,
-        and couples are chosen nearest to that, weighted by how well it is known (see
-        :class:`pyro_invman.density.coupling.Anchor`). Their rows count among both populations too. A second fit
-        starts anew.
+        Known pairs anchor the engine ``"optimal"``: among the maps between the two Gaussians they choose the rotation
+        (:func:`pyro_invman.density.conditional_law.turn_of_pairs`), and couples are chosen nearest to where a Gaussian
+        process learned from them sends points (:class:`pyro_invman.density.coupling.Anchor`). Their rows count among
+        both populations too. A second fit starts anew.
 
         Arguments:
             source, target: points (N, D) and conditions (N, K) of each population.
@@ -297,17 +295,20 @@ class ConditionalTransport(ConditionalTransformModule):
         Warns:
             SmallPopulation: one has more than 20 times fewer rows than the other.
         """
-        x0, c0 = self._table(source, "source")
-        x1, c1 = self._table(target, "target")
-        if max(len(x0), len(x1)) > _MUCH_SMALLER * min(len(x0), len(x1)):
-            warnings.warn(f"source: {len(x0)} rows, target: {len(x1)}; the map is no better known than the law of "
-                          "the smaller", SmallPopulation, stacklevel=2)  # fmt: skip
-        anchors = None if pairs is None else self._pairs(pairs)
+        (x0, c0), (x1, c1) = (
+            checked_table(table, name, self.dim, self.context_dim, self.length)
+            for table, name in ((source, "source"), (target, "target"))
+        )
+        warn_if_small(len(x0), len(x1))
+        if pairs is not None and self.engine != "optimal":
+            raise DataError(f"pairs: only the engine 'optimal' can be anchored by them, not {self.engine!r}")
+        anchors = None if pairs is None else checked_pairs(pairs, self.dim, self.context_dim, self.length)
         if anchors is not None:
             x0, c0 = torch.cat([x0, anchors[0]]), torch.cat([c0, anchors[2]])
             x1, c1 = torch.cat([x1, anchors[1]]), torch.cat([c1, anchors[2]])
         generator = torch.Generator().manual_seed(seed)
         self._start_anew()
+        self.beyond.copy_(torch.eye(self.dim))
         self._learn_scales(x0, c0, x1, c1)
         run = Parts(seed, max_seconds, progress, schedule)
         sides = [Population(x, self._standard(c), validation, generator) for x, c in ((x0, c0), (x1, c1))]
@@ -344,9 +345,16 @@ class ConditionalTransport(ConditionalTransformModule):
         if anchors is not None:
             before, after = ((points / self.length).to(c) for points in anchors[:2])
             anchor = Anchor(before, after, self._standard(anchors[2]), (self.spread / self.length).mean().item())
+            self._turn_by(*anchors)
         source, target = self._laws
-        couples = coupled_draws(source, target, c, self.group_size, self.length, anchor, generator)
+        couples = coupled_draws(source, target, c, self.group_size, self.length, anchor, generator, self.beyond)
         fit_couples(self._field, couples, run)
+
+    @torch.no_grad()
+    def _turn_by(self, before: Tensor, after: Tensor, c: Tensor) -> None:
+        source, target = (law.root(self._standard(c)) for law in self._laws)
+        turned = optimal_turn(source, target, self.length).go(source.inv.go(before, False, False)[0], False, False)[0]
+        self.beyond.copy_(turn_of_pairs(turned, target.inv.go(after, False, False)[0]))
 
     def _fit_batches(self, sides: Sequence[Population], run: Parts) -> None:
         """Couples batches of the tables as they are."""
@@ -388,56 +396,12 @@ class ConditionalTransport(ConditionalTransformModule):
         self.context_low.copy_(low)
         self.context_high.copy_(high)
 
-    def _table(self, table: tuple[Tensor, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        x, c = (torch.as_tensor(part).to(self.length) for part in table)
-        self._check(x, self.dim, f"{name} points")
-        self._check(c, self.context_dim, f"{name} conditions")
-        if x.dim() != 2 or c.dim() != 2 or len(x) != len(c):
-            raise DataError(
-                f"{name}: points of shape {tuple(x.shape)} and conditions of shape {tuple(c.shape)}, expected "
-                f"(N, {self.dim}) and (N, {self.context_dim})"
-            )
-        if len(x) < _LEAST_ROWS:
-            raise DataError(f"{name}: {len(x)} rows, expected at least {_LEAST_ROWS}")
-        return x, c
-
-    def _pairs(self, pairs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        if self.engine != "optimal":
-            raise DataError(f"pairs: only the engine 'optimal' can be anchored by them, not {self.engine!r}")
-        x0, x1, c = (torch.as_tensor(part).to(self.length) for part in pairs)
-        for part, dim, name in ((x0, self.dim, "before"), (x1, self.dim, "after"), (c, self.context_dim, "conditions")):
-            self._check(part, dim, f"pairs, {name}")
-            if part.dim() != 2 or len(part) != len(x0) or not len(part):
-                raise DataError(f"pairs, {name}: shape {tuple(part.shape)}, expected ({len(x0) or 'P'}, {dim})")
-        return x0, x1, c
-
-    @staticmethod
-    def _check(values: Tensor, dim: int, name: str) -> None:
-        if values.dim() == 0 or values.shape[-1] != dim:
-            raise DataError(f"{name}: shape {tuple(values.shape)}, expected {dim} in the last dimension")
-        bad = ~values.isfinite()
-        if bool(bad.any()):
-            where = tuple(bad.nonzero()[0].tolist())
-            raise DataError(f"{name} at {where}: found {values[where].item()}, expected a finite number")
-
     def _standard(self, c: Tensor) -> Tensor:
-        self._check(c, self.context_dim, "c")
+        check_finite(c, self.context_dim, "c")
         return (c.to(self.context_mean) - self.context_mean) / self.context_scale
 
     def _warn_if_unfamiliar(self, c: Tensor) -> None:
-        c = c.detach().to(self.context_mean)
-        beyond = (self.context_low - c).maximum(c - self.context_high).clamp_min(0)
-        slack = 1e-6 * self.context_scale
-        if bool((beyond > slack).any()):
-            where = tuple((beyond / self.context_scale == (beyond / self.context_scale).max()).nonzero()[0].tolist())
-            k = where[-1]
-            warnings.warn(
-                f"condition {k} at {where[:-1]}: {c[where]:g} lies {beyond[where]:g} outside [{self.context_low[k]:g}, "
-                f"{self.context_high[k]:g}], where both populations were seen; that is "
-                f"{beyond[where] / self.context_scale[k]:.2g} of its standard deviations",
-                UnfamiliarCondition,
-                stacklevel=3,
-            )
+        warn_if_unfamiliar(c.detach().to(self.context_mean), self.context_low, self.context_high, self.context_scale)
 
     # ------------------------------------------------------------------ keeping
     def save(self, folder: str | os.PathLike[str]) -> None:

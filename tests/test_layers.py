@@ -36,7 +36,7 @@ FLOORS = [
     ["density.bijections", "density.conditional_gaussian"],
     ["density.conditional_law"],
     ["density.coupling"],
-    ["distributions", "identification", "information", "declared", "tables", "data", "results"],
+    ["populations", "distributions", "identification", "information", "declared", "tables", "data", "results"],
     ["completion", "inference_data"],
     ["learning"],
     ["joint", "transport", "simulators"],

@@ -17,7 +17,7 @@ from pyro_invman.training import Record, Schedule, train
 Widen = Callable[[Tensor, torch.Generator], Tensor]
 
 _GAUSSIAN = Schedule(steps=700, batch_size=256, averaging=0.99)
-_FLOW = Schedule(steps=3000, batch_size=384)
+_FLOW = Schedule(steps=3000, batch_size=1024)
 
 
 class Population:
@@ -139,13 +139,28 @@ class ConditionalLaw(nn.Module):
         return (x - self.mean) / self.scale
 
 
-def optimal_turn(source: Linear, target: Linear, length: Tensor) -> Linear:
+def optimal_turn(source: Linear, target: Linear, length: Tensor, beyond: Tensor | None = None) -> Linear:
     r"""Q between the roots of two laws, which makes ``source.inv``, Q, ``target`` the optimal map between their
-    Gaussians, for squared distances in units of `length` (D,)."""
+    Gaussians, for squared distances in units of `length` (D,); followed by a rotation `beyond` (D, D)."""
     weight = length.square().reciprocal().unsqueeze(-1)
     matrix = rotation(target.matrix.mT @ (weight * source.matrix))
+    matrix = matrix if beyond is None else beyond @ matrix
     still = torch.zeros_like(source.before)
     return Linear(still, matrix, matrix.mT, still, torch.zeros_like(source.log_det))
+
+
+def turn_of_pairs(before: Tensor, after: Tensor) -> Tensor:
+    r"""The rotation G (D, D) that pairs of whitened points (P, D) ask for beyond the optimal turn, which counts as one
+    pair with an error of one:
+
+    .. math:: G = \mathrm{polar}\Bigl(I + s^{-2} \sum_p u_1^{(p)} u_0^{(p)\top}\Bigr), \qquad
+              s^2 = \tfrac{1}{P D} \sum_p |u_1^{(p)} - G_\infty u_0^{(p)}|^2,
+
+    with :math:`G_\infty` the polar factor of the sum alone (Procrustes). Every such G takes one Gaussian to the other.
+    """
+    product = after.mT @ before
+    left = (after - before @ rotation(product).mT).square().mean().clamp_min(1e-4)
+    return rotation(torch.eye(len(product), dtype=product.dtype, device=product.device) + product / left)
 
 
 def _applied(matrix: Tensor, x: Tensor) -> Tensor:

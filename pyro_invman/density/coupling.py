@@ -15,7 +15,7 @@ from pyro_invman.density.velocity import Solver, VelocityField, matching_loss, m
 from pyro_invman.training import Schedule
 
 _DRAWING = Solver("adams", 16)  # of couples
-_MAP = Schedule(steps=4500, batch_size=384)
+_MAP = Schedule(steps=2400, batch_size=1024)
 _BATCHES = Schedule(steps=4000, batch_size=128, patience=20)
 _CHECKED = 4  # held-out batches
 
@@ -94,14 +94,15 @@ def coupled_draws(
     length: Tensor,
     anchor: Anchor | None,
     generator: torch.Generator,
+    beyond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws of two laws at the same conditions `c` (G, K), `size` S of each, coupled within each condition.
 
     By squared distance in units of `length` (D,), or by what `anchor` makes of it.
 
     Returns:
-        whitened points (G, S, D): of the source, turned as the optimal map between Gaussians turns them, and of the
-        target; and c (G, K).
+        whitened points (G, S, D): of the source, turned as the optimal map between Gaussians turns them and then by
+        `beyond` (D, D), and of the target; and c (G, K).
     """
     starts, ends = [], []
     for at in c.split(32):
@@ -114,7 +115,7 @@ def coupled_draws(
         for x0, x1, end, condition in zip(*places, white[1], at, strict=True):
             cost = squared_distances(x0, x1) if anchor is None else anchor.cost(x0, x1, condition.expand(size, -1))
             ends.append(end[assignment(cost)])
-        starts.append(optimal_turn(roots[0], roots[1], length).go(white[0], False, False)[0])
+        starts.append(optimal_turn(roots[0], roots[1], length, beyond).go(white[0], False, False)[0])
     return torch.cat(starts), torch.stack(ends), c
 
 
