@@ -10,8 +10,9 @@ the same 20,000 rows of each population. Recorded at each of a problem's conditi
 
 Methods: ``optimal`` and ``base`` are engines of this package's `ConditionalTransport`, ``base`` with the laws that
 ``optimal`` learned; ``(10)`` spends ten network evaluations, the others as many as a tolerance takes. ``cvfm``,
-``ot-cfm`` and ``cfm`` are settings of its engine ``batch``; the last two stand for those of the library ``torchcfm``,
-which would replace torch: the same minibatch coupling by POT, and a network that reads the target's condition.
+``ot-cfm`` and ``cfm`` are settings of its engine ``batch``: minibatch coupling by POT, or none, and a network that
+reads the target's condition; ``torchcfm ot-cfm`` and ``torchcfm cfm`` are that library's own, where it is installed
+(`benchmarks.unpaired_peers`).
 
 A second part, `semi_paired`, turns a normal law by a quarter: nothing but pairs can show it. The error of the map
 learned from 1,500 unpaired rows on each side, of a regression on 10 pairs alone, and of both together.
@@ -38,6 +39,7 @@ import torch
 from torch import Tensor
 
 import pyro_invman as pim
+from benchmarks import unpaired_peers
 from benchmarks.sbi import machine
 from pyro_invman.density.coupling import Anchor
 
@@ -89,7 +91,7 @@ def excess_cost(problem: Any, transport: Map, w2: Callable[[Array, Array], float
     return float((total[0] - total[1]) / (total[2] - total[1]))
 
 
-def as_map(transport: pim.ConditionalTransport, evaluations: int | None) -> Map:
+def as_map(transport: torch.nn.Module, evaluations: int | None) -> Map:
     """The transport between arrays; conditions that the training rows just missed are no concern here."""
 
     def mapped(x: Array, c: Array) -> Array:
@@ -123,7 +125,7 @@ def measure(name: str, methods: Sequence[str], stochastic: bool, seed: int) -> d
     source, target = (x0, c0), (x1, c1)
     cells: dict[str, Any] = {}
 
-    def judge(key: str, transport: pim.ConditionalTransport, evaluations: int | None, fit: dict[str, float]) -> None:
+    def judge(key: str, transport: torch.nn.Module, evaluations: int | None, fit: dict[str, float]) -> None:
         torch.manual_seed(seed)
         mapped = as_map(transport, evaluations)
         found = module.score(problem, mapped, floor=False)
@@ -132,6 +134,12 @@ def measure(name: str, methods: Sequence[str], stochastic: bool, seed: int) -> d
         print(f"{name} {key}: W2 {found['w2']:.4f}, excess cost {cost:.3f}, {fit}", flush=True)
 
     for method in methods:
+        if method in unpaired_peers.KINDS:
+            began = time.process_time()
+            peer = unpaired_peers.TorchCFM(method, seed)
+            peer.fit(source, target)
+            judge(method, peer, None, {"fit_cpu_s": time.process_time() - began})
+            continue
         wide = stochastic and method == "optimal"
         transport = pim.ConditionalTransport(2, 1, wide, seed=seed, **settings(method, name, source, target))
         began = time.process_time()
@@ -193,9 +201,12 @@ def missed(cells: dict[str, Any]) -> list[str]:
             cost = COST_BARS.get((name, stochastic))
             if cost is not None and case[method]["excess_cost"] > cost:
                 lines.append(f"{_key(name, stochastic)}, {method}: cost {case[method]['excess_cost']:.3f}, bar {cost}")
-            rival = cells.get(_key(name, False), {}).get("ot-cfm") or case.get("ot-cfm")
-            if rival and case[method]["w2"] > rival["w2"] / 2:
-                lines.append(f"{_key(name, stochastic)}, {method}: more than half of OT-CFM's W2 {rival['w2']:.3f}")
+            for rival in ("ot-cfm", "torchcfm ot-cfm"):
+                found = cells.get(_key(name, False), {}).get(rival) or case.get(rival)
+                if found and case[method]["w2"] > found["w2"] / 2:
+                    lines.append(
+                        f"{_key(name, stochastic)}, {method}: more than half of {rival}'s W2 {found['w2']:.3f}"
+                    )
             if case[method]["fit_cpu_s"] > FIT_SECONDS:
                 lines.append(
                     f"{_key(name, stochastic)}: fit of {case[method]['fit_cpu_s']:.0f} CPU s, bar {FIT_SECONDS:.0f}"
@@ -238,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [_key(*case) for case in LAW_BARS]
     every = [*cases, "moons-rotation", "semi-paired"]
     parser.add_argument("--cases", nargs="+", choices=every, default=every)
+    methods = ["optimal", "cvfm", "ot-cfm", "cfm", *unpaired_peers.KINDS]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--seed", type=int, default=0, help="of the rows and the fits")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "unpaired.json")
     arguments = parser.parse_args(argv)
@@ -259,8 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["semi_paired"] = semi_paired(arguments.seed)
         else:
             name, stochastic = case.removesuffix(", stochastic"), case.endswith(", stochastic")
-            rivals = () if case == "moons-moons, stochastic" or case == "moons-rotation" else ("cvfm", "ot-cfm", "cfm")
-            results["cells"][case] = measure(name, ("optimal", *rivals), stochastic, arguments.seed)
+            chosen = [m for m in arguments.methods if m == "optimal" or case != "moons-moons, stochastic"]
+            if not unpaired_peers.is_there() and set(chosen) & set(unpaired_peers.KINDS):
+                print("torchcfm is not installed, its methods are left out", file=sys.stderr)
+                chosen = [m for m in chosen if m not in unpaired_peers.KINDS]
+            results["cells"].setdefault(case, {}).update(measure(name, chosen, stochastic, arguments.seed))
         results["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         results["missed"] = missed(results["cells"])
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
