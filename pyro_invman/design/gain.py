@@ -31,6 +31,7 @@ METHODS = ("auto", "posterior", "marginal", "marginal_likelihood", "vnmc", "cont
 _BATCHES = 16  # over which `num_samples` are spread
 _BATCHES_IN_TIME = 3, 10  # into which time is cut, at least and otherwise
 _PILOT = 0.15  # share of the time in which proposals get the draws that they are fitted to
+_TRIED = 0.03  # share of the time left that a trial batch takes at least, to tell how long others will
 _GROWN = 4  # times the draws of a trial batch that the next one has
 _FIRST_LOOK = 8  # batches before the bracket may end the search
 _MOST_NUMBERS = 2**22  # numbers a batch
@@ -393,7 +394,9 @@ class _Search:
             began = time.monotonic()
             last = estimator.batch(trial)
             took.append(time.monotonic() - began)
-            if took[-1] > self.left() / (2 * _GROWN if len(took) > 1 else _GROWN) or _GROWN * trial > num:
+            # what costs little more for more draws is tried on, as long as time is left
+            cheap = took[-1] < 2 * took[0]
+            if took[-1] > self.left() * (1 / (2 * _GROWN) if cheap else _TRIED) or _GROWN * trial > num:
                 break
             trial *= _GROWN
         each = took[-1] / trial
