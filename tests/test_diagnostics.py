@@ -174,6 +174,8 @@ def test_refusals():
         diagnostics.ask(PROCESS, PROCESS.sample(5, seed=0), ["y1"], ["y1"])
     with pytest.raises(pim.DataError, match="task column"):
         diagnostics.ask(Tasks(HierarchicalLinearGaussian.random()), PROCESS.sample(5, seed=0), ["y1"])
+    with pytest.raises(pim.DataError, match="max_questions: found 0"):
+        diagnostics.ask(PROCESS, PROCESS.sample(5, seed=0), ["y1"], max_questions=0)
     with pytest.raises(TypeError, match="truth"):
         diagnostics.sbc(d)
     with pytest.raises(pim.DataError, match="finite"):

@@ -211,6 +211,10 @@ class HeldOut:
         context_sizes: how many rows of a task are known, at least, when the next is asked about.
         num_draws: S.
         max_questions: of a direction, at most; drawn at random.
+
+    Raises:
+        DataError: a number below 1, rows that do not fit the model's variables, or no task column for one that infers
+            tasks.
     """
 
     def __init__(
@@ -222,6 +226,9 @@ class HeldOut:
         max_questions: int = 200,
         seed: int = 0,
     ) -> None:
+        for name, number in (("num_draws", num_draws), ("max_questions", max_questions)):
+            if number < 1:
+                raise DataError(f"{name}: found {number}, expected at least 1")
         self.model, self.num_draws, self.max_questions, self.seed = model, num_draws, max_questions, seed
         self.context_sizes = tuple(context_sizes)
         self.variables: Variables = model.variables
