@@ -85,7 +85,7 @@ questions = {"ka, ke and V": ["ka", "ke", "volume"], "ke": ["ke"], "the level af
 gains = {}
 for name, targets in questions.items():
     gains[name] = pim.design.expected_information_gain(patient, hours, "blood", targets, max_seconds=SECONDS, seed=0)
-    best = int(gains[name].eig.argmax())
+    best = int(gains[name].eig.values.argmax())
     print(
         f"{name}: at {hours[best]:g} h, {float(gains[name].eig[best]):.2f} nats "
         f"(between {float(gains[name].lower[best]):.2f} and {float(gains[name].upper[best]):.2f})"
