@@ -492,6 +492,7 @@ def test_a_fit_that_is_interrupted_goes_on(runs, tmp_path):
 import os, signal, sys
 from pyro_invman import training
 from pyro_invman.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs start without
 write = training.write_atomically
 def written(*arguments):
     write(*arguments)
