@@ -65,8 +65,11 @@ class TorchCFM(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, c: Tensor, evaluations: int | None = None) -> Tensor:
         """Points (N, 2) at conditions (N, 1) followed to the end by an adaptive solver, as in the library's examples,
-        which takes as many evaluations as it needs."""
+        which takes as many evaluations as it needs; there is no other."""
         from torchdiffeq import odeint
+
+        if evaluations is not None:
+            raise ValueError(f"evaluations: found {evaluations}, expected None")
 
         def slope(t: Tensor, y: Tensor) -> Tensor:
             return self.net(torch.cat([y, c, t.expand(len(y), 1)], -1))

@@ -117,6 +117,19 @@ def test_what_was_warned_of_is_noted():
     assert (tree["verdicts"].verdict == "use it with care").all()
 
 
+def test_what_no_held_out_row_shows_is_noted_and_not_asked_for():
+    ds = PROCESS.sample(40, seed=1)
+    ds["x1"].values[:] = np.nan
+    tree = diagnostics.report(PROCESS, ds, progress=False)
+    assert list(tree["answers/inverse"].target.values) == ["x2"] and list(tree["answers"].children) == [
+        "forward",
+        "inverse",
+    ]
+    assert tree.attrs["notes"] == ["no held-out row shows x1, so nothing is said of asking for it"]
+    ds["x2"].values[:] = np.nan
+    assert list(diagnostics.report(PROCESS, ds, progress=False)["verdicts"].direction.values) == ["forward"]
+
+
 def test_refusals():
     ds = PROCESS.sample(20, seed=1)
     with pytest.raises(pim.DataError, match="slash"):

@@ -150,17 +150,23 @@ def optimal_turn(source: Linear, target: Linear, length: Tensor, beyond: Tensor 
 
 
 def turn_of_pairs(before: Tensor, after: Tensor) -> Tensor:
-    r"""The rotation G (D, D) that pairs of whitened points (P, D) ask for beyond the optimal turn, which counts as one
+    r"""The orthogonal G (D, D) that pairs of whitened points (P, D) ask for beyond the optimal turn, which counts as a
     pair with an error of one:
 
     .. math:: G = \mathrm{polar}\Bigl(I + s^{-2} \sum_p u_1^{(p)} u_0^{(p)\top}\Bigr), \qquad
-              s^2 = \tfrac{1}{P D} \sum_p |u_1^{(p)} - G_\infty u_0^{(p)}|^2,
+              s^2 = \frac{\sum_p |u_1^{(p)} - G_\infty u_0^{(p)}|^2}{P D - D (D - 1) / 2},
 
-    with :math:`G_\infty` the polar factor of the sum alone (Procrustes). Every such G takes one Gaussian to the other.
+    with :math:`G_\infty` the polar factor of the sum alone (Procrustes), and s one where no more numbers are given than
+    :math:`G_\infty` fits. Every such G takes one Gaussian to the other.
+
+    References:
+        Schönemann, *A generalized solution of the orthogonal Procrustes problem*, Psychometrika 1966.
     """
-    product = after.mT @ before
-    left = (after - before @ rotation(product).mT).square().mean().clamp_min(1e-4)
-    return rotation(torch.eye(len(product), dtype=product.dtype, device=product.device) + product / left)
+    product, dim = after.mT @ before, before.shape[-1]
+    left = (after - before @ rotation(product).mT).square().sum()
+    free = before.numel() - dim * (dim - 1) // 2
+    variance = (left / free).clamp_min(1e-4) if free > 0 else torch.ones_like(left)
+    return rotation(torch.eye(dim, dtype=product.dtype, device=product.device) + product / variance)
 
 
 def _applied(matrix: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Mixtures of normals fitted to clouds of particles, many at once, with a share of the prior mixed in."""
+r"""Mixtures of normals fitted to clouds of particles, many at once."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def report(
         history: what `fit` returned.
         directions: name to (targets, given). By default "forward", observations by parameters and conditions; of a
             flow "inverse", parameters by observations and conditions; of a manifold, which answers by Bayes' rule on
-            its forward law where one setting is sought, "inverse: NAME" for each parameter by all else.
+            its forward law where one setting is sought, "inverse: NAME" for each parameter by all else. What no
+            held-out row shows is not asked for, and noted.
         reference: a model that may have known better, as in :class:`pyro_invman.diagnostics.Reference`.
         out: where to write the page, one HTML file that needs no other and no network.
         level: probability that a model that is right is flagged in any direction.
@@ -93,11 +94,14 @@ def report(
     """
     ds = validate(held_out, training=False)
     variables: Variables = model.variables
-    asked_of = dict(directions or _directions(variables, hasattr(model, "infer_task")))
+    questions = HeldOut(model, ds, context_sizes, num_draws, max_questions, seed)
+    measured = (~questions.values.isnan()).any(0).tolist()
+    shown = [v.name for v, seen in zip(variables, measured, strict=True) if seen]
+    unseen = [v.name for v in variables if v.role != "condition" and v.name not in shown]
+    asked_of = dict(directions or _directions(variables, shown, hasattr(model, "infer_task")))
     for name in asked_of:
         if "/" in name or not name:
             raise DataError(f"directions: found the name {name!r}, expected one without a slash")
-    questions = HeldOut(model, ds, context_sizes, num_draws, max_questions, seed)
     judge_of = Reference(questions, reference)
     bar = tqdm(total=len(asked_of) + len(questions.tasks) * questions.by_task, disable=not progress, desc="report")
     with warnings.catch_warnings(record=True) as warned, bar:
@@ -128,14 +132,16 @@ def report(
         if hasattr(model, "outliers"):
             groups["/cells"] = model.outliers(ds)
     notes = list(dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in warned))
+    if unseen and directions is None:
+        notes.append(f"no held-out row shows {', '.join(unseen)}, so nothing is said of asking for it")
     tree = tree_of(groups, {"title": title, "notes": notes, "model": type(model).__name__, "seed": seed})
     if out is not None:
         Path(out).write_text(page(tree), encoding="utf-8")
     return tree
 
 
-def _directions(variables: Variables, apart: bool) -> dict[str, Direction]:
-    x, y = list(variables.with_role("parameter")), list(variables.with_role("observation"))
+def _directions(variables: Variables, shown: Sequence[str], apart: bool) -> dict[str, Direction]:
+    x, y = ([n for n in variables.with_role(role) if n in shown] for role in ("parameter", "observation"))
     found: dict[str, Direction] = {}
     if y:
         found["forward"] = (y, [v.name for v in variables if v.role != "observation"])
@@ -144,7 +150,7 @@ def _directions(variables: Variables, apart: bool) -> dict[str, Direction]:
     elif x:
         found["inverse"] = (x, [v.name for v in variables if v.role != "parameter"])
     if not found:
-        raise DataError("directions: found neither parameters nor observations; name targets and givens")
+        raise DataError("held_out: shows neither parameters nor observations, expected some to ask about")
     return found
 
 
