@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Ellipse
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -86,11 +87,24 @@ def predictive(
     if log:
         ax.set_xscale("log")
         ax.set_yscale("log")
+        for axis in (ax.xaxis, ax.yaxis):
+            _plain_decades(axis)
     ax.set_xlabel(f"measured {label(name, units)}")
     ax.set_ylabel("predicted, 90 % interval")
     ax.set_title(f"{inside.mean():.0%} inside, of {len(measured)}", fontsize=9)
     ax.legend(fontsize=7, frameon=False)
     return ax
+
+
+def _plain_decades(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers that stay apart: at 1, 2 and 5 of each decade, at 1 and 3, or at 1
+    alone, the fewer the more decades it spans, and where it spans less than a factor of 5, as on a linear axis."""
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    subs = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs) if decades > np.log10(5) else MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bands(
@@ -253,14 +267,17 @@ def task_map(
 
 
 def gain_against_cost(history: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """What a campaign's suggestions promise in all against what they cost, and what the flow's two sides say."""
+    """What a campaign's suggestions promise in all against what they cost, and what the flow's two sides say, where it
+    was asked (``shortlist=0`` asks it nothing)."""
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
     cost = np.concatenate([[0.0], history.cost.values.cumsum()])
     gain = np.concatenate([[0.0], history.gain.values.cumsum()])
     ax.plot(cost, gain, marker=".", color=_POSTERIOR, label="expected gain, as chosen")
     for name, colour in (("likelihood", _TRUTH), ("posterior", "0.4")):
-        ax.plot(cost[1:], gain[:-1] + history[name].values, "_", ms=7, color=colour, label=f"{name} side")
+        side = history[name].values
+        if np.isfinite(side).any():
+            ax.plot(cost[1:], gain[:-1] + side, "_", ms=7, color=colour, label=f"{name} side")
     ax.set_xlabel("total cost")
     ax.set_ylabel("expected gain [nat]")
     ax.legend(fontsize=8, frameon=False)

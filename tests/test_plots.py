@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib
 import numpy as np
 import pytest
@@ -37,6 +39,24 @@ def test_predictive_counts_what_is_inside():
     quantiles[:, 3] += 5
     ax = plots.predictive(measured, quantiles, "depth", "um", log=True)
     assert ax.get_title().startswith("75%") and ax.get_xlabel() == "measured depth [um]" and ax.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("ends", [(95, 130), (20, 90), (4, 60), (12, 1_900), (0.03, 9), (2, 7e4), (1e-4, 3e5)])
+@pytest.mark.parametrize("size", [(4.2, 4), (3.2, 3.2)])
+def test_predictive_labels_stay_apart_on_logarithmic_axes(ends, size):
+    measured = np.geomspace(*ends, 9)
+    figure, ax = plt.subplots(figsize=size, constrained_layout=True)
+    plots.predictive(measured, np.stack([measured / 1.3, measured, measured * 1.3]), "depth", "um", ax, log=True)
+    figure.canvas.draw()
+    for axis, side in ((ax.xaxis, "x"), (ax.yaxis, "y")):
+        low, high = sorted(axis.get_view_interval())
+        labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+        inside = [t for t in labels if t.get_text() and low <= t.get_position()[side == "y"] <= high]
+        boxes = [text.get_window_extent() for text in inside]
+        spans = sorted((box.x0, box.x1) if side == "x" else (box.y0, box.y1) for box in boxes)
+        assert len(spans) >= 2
+        assert all(right[0] > left[1] for left, right in itertools.pairwise(spans)), inside
+        assert not any("$" in text.get_text() for text in inside)
 
 
 def test_history_marks_the_best_step():
@@ -100,3 +120,16 @@ def test_missingness_and_links_fill_what_was_measured():
     counts = xr.DataArray([[9, 0], [0, 4]], dims=("variable", "other"), coords={"variable": ["x", "y"]})
     ax = plots.links(counts)
     assert [t.get_text() for t in ax.texts] == ["9", "–", "–", "4"]
+
+
+def test_gain_against_cost_names_the_sides_that_say_something():
+    def campaign(likelihood):
+        known = {"gain": [0.5, 0.25], "cost": [1.0, 4.0], "posterior": [np.nan, np.nan], "likelihood": likelihood}
+        return xr.Dataset({name: ("suggestion", values) for name, values in known.items()})
+
+    ax = plots.gain_against_cost(campaign([np.nan, np.nan]))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["expected gain, as chosen"]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 0], [1, 0.5], [5, 0.75]])
+    ax = plots.gain_against_cost(campaign([0.4, np.nan]))
+    assert [line.get_label() for line in ax.lines] == ["expected gain, as chosen", "likelihood side"]
+    np.testing.assert_allclose(ax.lines[1].get_xydata()[0], [1, 0.4])
