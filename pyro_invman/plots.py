@@ -92,7 +92,7 @@ def predictive(
     ax.set_xlabel(f"measured {label(name, units)}")
     ax.set_ylabel("predicted, 90 % interval")
     ax.set_title(f"{inside.mean():.0%} inside, of {len(measured)}", fontsize=9)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="upper left")  # off the diagonal
     return ax
 
 
@@ -259,9 +259,10 @@ def task_map(
             ax.add_patch(Ellipse((x, y), width, height, angle=angle, fill=False, color=colour, alpha=weight, lw=0.8))
             ax.plot(x, y, "." if tasks is known else "*", ms=5 if tasks is known else 11, color=colour)
             if tasks is not known or len(known) <= 40:
-                ax.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6, color=colour)
-    ax.set_xlabel("first direction of the latent [prior standard deviations]")
-    ax.set_ylabel("second direction of the latent [prior standard deviations]")
+                points = 6 if tasks is known else 9
+                ax.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=points, color=colour)
+    ax.set_xlabel("first direction of the latent\n[prior standard deviations]")
+    ax.set_ylabel("second direction of the latent\n[prior standard deviations]")
     ax.set_aspect("equal", adjustable="datalim")
     return ax
 
@@ -289,9 +290,18 @@ def trade_off(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3.8), constrained_layout=True)
     ax.plot(curve.forward, curve.inverse, marker=".", color=_POSTERIOR)
-    for n in {0, len(curve.weight) // 2, len(curve.weight) - 1}:
-        at = (float(curve.forward[n]), float(curve.inverse[n]))
-        ax.annotate(f"λ = {float(curve.weight[n]):.2g}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ax.margins(0.12)
+    points = np.stack([curve.forward.values, curve.inverse.values], -1)
+    low, size = points.min(0), np.ptp(points, axis=0)
+    places = (points - low) / np.where(size > 0, size, 1.0)
+    named: dict[int, list[str]] = {}
+    for n in dict.fromkeys((0, len(points) // 2, len(points) - 1)):
+        near = [m for m in named if np.abs(places[m] - places[n]).max() < 0.1]
+        named.setdefault(near[0] if near else n, []).append(f"{float(curve.weight[n]):.2g}")
+    for n, weights in named.items():
+        side: Any = "right" if places[n, 0] > 0.5 else "left"
+        shift = (-5 if side == "right" else 5, 4)
+        ax.annotate(f"λ = {', '.join(weights)}", points[n], shift, textcoords="offset points", fontsize=8, ha=side)
     ax.set_xlabel("forward: expected gain about predictions [nat]")
     ax.set_ylabel(f"inverse: expected gain about the {curve.attrs['inverse']} [nat]")
     return ax

@@ -133,3 +133,16 @@ def test_gain_against_cost_names_the_sides_that_say_something():
     ax = plots.gain_against_cost(campaign([0.4, np.nan]))
     assert [line.get_label() for line in ax.lines] == ["expected gain, as chosen", "likelihood side"]
     np.testing.assert_allclose(ax.lines[1].get_xydata()[0], [1, 0.4])
+
+
+def test_trade_off_labels_stay_apart_and_inside():
+    found = {"forward": [0.92, 0.918, 0.9179, 0.82, 0.815], "inverse": [0.385, 0.386, 0.3861, 0.452, 0.453]}
+    weight = np.linspace(0, 1, 5)
+    curve = xr.Dataset({name: ("weight", values) for name, values in found.items()}, coords={"weight": weight})
+    ax = plots.trade_off(curve.assign_attrs(inverse="parameters"))
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.texts] == ["λ = 0, 0.5", "λ = 1"]
+    frame = ax.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in (text.get_window_extent() for text in ax.texts))
+    ax = plots.trade_off(curve.isel(weight=[0, 0, 0]).assign_attrs(inverse="task"))
+    assert len(ax.texts) == 1
