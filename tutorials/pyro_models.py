@@ -63,7 +63,7 @@ ds = pim.from_columns(
 )
 flow = pim.JointFlow.from_dataset(ds, seed=0)
 flow.fit(ds, seed=0, schedule=pim.Schedule(steps=STEPS), progress=False)
-flow.requires_grad_(False)  # learned; from here on only the models' own unknowns are inferred
+_ = flow.requires_grad_(False)  # learned; from here on only the models' own unknowns are inferred
 
 # %% [markdown]
 # ## As a likelihood
@@ -236,4 +236,5 @@ plt.show()
 # of NUTS fill it, while those of the normal guide show how well one normal (in the logarithms that Pyro uses for
 # positive numbers) can stand for it: too widely, at the high speeds. Right: red is the truth, blue what the model with
 # the learned law says of it; thin black lines bound what it would say with the true one. They nearly agree, so that
-# where the truth leaves the band, in the second hour, it is the tracks of that hour that mislead, not the flow.
+# where the truth leaves both, in the second hour and the third, it is the tracks of those hours that mislead, not the
+# flow.
