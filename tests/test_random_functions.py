@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pyro_invman.density.hyperparameters import hyperparameters, kernel
 from pyro_invman.density.random_functions import RandomFunctions
 from pyro_invman.tasks.effects import TaskEffects
 
@@ -119,3 +120,17 @@ def test_functions_are_kept_where_held_out_tasks_are_better_described_by_them(be
     base = TaskEffects([True, False, False], 2)
     base.fit(torch.cat([s, y], -1), task)
     assert (base.functions is not None) == bends
+
+
+def test_many_tasks_of_few_rows_tell_the_length_scales_of_their_own_functions():
+    generator, tasks, each = torch.Generator().manual_seed(0), 300, 12
+    x = torch.randn(tasks, each, 2, generator=generator, dtype=torch.float64)
+    length, noise = 0.4, 0.02
+    own = 0.5 * kernel(x / length, x / length) + 0.3 + noise * torch.eye(each, dtype=torch.float64)
+    draw = torch.randn(tasks, each, 1, generator=generator, dtype=torch.float64)
+    y = x[..., 0].sin() + (torch.linalg.cholesky(own) @ draw).squeeze(-1)
+    x, y, task = x.flatten(0, 1), y.flatten(), torch.arange(tasks).repeat_interleave(each)
+    everywhere = torch.ones(2, dtype=torch.bool)
+    found = hyperparameters(x, everywhere, y, torch.ones(len(y), dtype=torch.bool), task, 0)
+    assert (found.own - math.log(length)).abs().max() < 0.3
+    assert (found.variances[1:] / torch.tensor([0.5, 0.3, noise])).log().abs().max() < 0.5

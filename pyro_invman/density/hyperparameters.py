@@ -37,6 +37,19 @@ def _evenly(task: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return order[by_task[turn.argsort(stable=True)]][:most]
 
 
+def _whole(task: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """At most `most` rows of tasks (N,) as whole as 20 rows of each make them, or more where tasks are few: what a task
+    is like by itself is told apart by rows of the same one."""
+    tasks = int(task.max()) + 1 if len(task) else 0
+    each, found = max(20, most // max(tasks, 1)), []
+    for t in torch.randperm(tasks, generator=generator).tolist():
+        rows = (task == t).nonzero()[:, 0]
+        found.append(rows[torch.randperm(len(rows), generator=generator)[:each]])
+        if sum(map(len, found)) >= most:
+            break
+    return torch.cat(found)[:most] if found else task
+
+
 def hyperparameters(
     x: Tensor,
     varying: Tensor,
@@ -46,11 +59,12 @@ def hyperparameters(
     seed: int,
     near: Hyperparameters | None = None,
 ) -> Hyperparameters:
-    """The mode of one observation's marginal likelihood under wide priors: on 500 rows of all tasks from three starts,
-    or, if it is known to be `near`, on 800 from there."""
+    """The mode of one observation's marginal likelihood under wide priors: on 500 rows of whole tasks from three
+    starts, or, if it is known to be `near`, on 1,500 of all tasks from there."""
     generator = torch.Generator().manual_seed(seed)
     rows = seen.nonzero()[:, 0]
-    rows = rows[_evenly(task[rows], 500 if near is None else 800, generator)]
+    chosen = _whole(task[rows], 500, generator) if near is None else _evenly(task[rows], 1500, generator)
+    rows = rows[chosen]
     x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
     own = x[:, varying]
     inputs, owned = x.shape[1], own.shape[1]
