@@ -116,7 +116,7 @@ class ConditionalTransport(ConditionalTransformModule):
             raise DataError(f"event_dim {event_dim}, context_dim {context_dim}: expected at least 1, at least 0")
         if stochastic and not noise > 0:
             raise DataError(f"noise: {noise}, expected a positive one for a stochastic map")
-        if scales is not None and (len(scales) != event_dim or min(scales) <= 0):
+        if scales is not None and (len(scales) != event_dim or not all(0 < s < math.inf for s in scales)):
             raise DataError(f"scales: {list(scales)}, expected {event_dim} positive lengths, one for each coordinate")
         if coupling is not None and engine != "batch":
             raise DataError(f"coupling: only the engine 'batch' couples batches, not {engine!r}")
@@ -295,6 +295,8 @@ class ConditionalTransport(ConditionalTransformModule):
         Warns:
             SmallPopulation: one has more than 20 times fewer rows than the other.
         """
+        if not 0 < validation < 1:
+            raise DataError(f"validation: {validation}, expected a share between 0 and 1")
         (x0, c0), (x1, c1) = (
             checked_table(table, name, self.dim, self.context_dim, self.length)
             for table, name in ((source, "source"), (target, "target"))
@@ -373,7 +375,10 @@ class ConditionalTransport(ConditionalTransformModule):
         for name, x in zip(POPULATIONS, (x0, x1), strict=True):
             spreads.append(x.std(0))
             if bool((spreads[-1] == 0).any()):
-                raise DataError(f"{name}: coordinate {int((spreads[-1] == 0).nonzero()[0])} is the same in all rows")
+                j = int((spreads[-1] == 0).nonzero()[0])
+                raise DataError(
+                    f"{name}: coordinate {j} is the same in all rows; expected one that varies, leave it out"
+                )
         for law, x, spread in zip(self._laws, (x0, x1), spreads, strict=False):
             law.mean.copy_(x.mean(0))
             law.scale.copy_(spread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pyro
@@ -132,6 +133,51 @@ def test_gaussian_map_is_learned() -> None:
     assert error.square().mean().sqrt() < 0.1
     assert history.attrs["solver_error_10"] < 0.02
     assert set(history.part.values) >= {"map", "source: flow", "target: gaussian"}
+
+
+@pytest.mark.parametrize("setting", ["OT-CFM", "plain flow matching"])
+def test_batches_learn_the_map_of_their_setting(setting: str) -> None:
+    """From N(m0, S0) to N(m1, S1), whose axes differ: batches coupled by optimal transport learn the optimal map,
+    batches coupled at random the flow of v = (t S1 − (1 − t) S0) ((1 − t)² S0 + t² S1)⁻¹ x about the mean. Both are
+    linear and take the one law to the other; in a coordinate they are 1.0 apart."""
+    s0 = torch.tensor([[4.0, 0.0], [0.0, 0.25]], dtype=torch.double)
+    s1 = torch.tensor([[2.125, 1.875], [1.875, 2.125]], dtype=torch.double)
+    m0, m1 = torch.tensor([1.0, -0.5]), torch.tensor([0.0, 1.0])
+    flowed, steps = torch.eye(2, dtype=torch.double), 1000
+    for k in range(steps):
+        t = (k + 0.5) / steps
+        slope = (t * s1 - (1 - t) * s0) @ torch.linalg.inv((1 - t) ** 2 * s0 + t**2 * s1)
+        flowed = torch.linalg.matrix_exp(slope / steps) @ flowed
+    assert torch.allclose(flowed @ s0 @ flowed.mT, s1, atol=1e-3)
+    maps = {"OT-CFM": optimal(s0, s1).float(), "plain flow matching": flowed.float()}
+    generator = torch.Generator().manual_seed(0)
+    source, target, x = (
+        m + torch.randn(number, 2, generator=generator) @ torch.linalg.cholesky(s).float().mT
+        for m, s, number in ((m0, s0, 4000), (m1, s1, 4000), (m0, s0, 500))
+    )
+    coupling = Coupling(0.0, None, optimal=setting == "OT-CFM")
+    transport = pim.ConditionalTransport(2, 0, engine="batch", coupling=coupling, scales=[1.0, 1.0], width=64)
+    settings = pim.Schedule(steps=500, batch_size=128)
+    history = transport.fit((source, source[:, :0]), (target, target[:, :0]), progress=False, schedule=settings)
+    found = transport(x, x[:, :0])
+    errors = {name: (found - m1 - (x - m0) @ a.mT).square().mean().sqrt().item() for name, a in maps.items()}
+    assert errors.pop(setting) < 0.15
+    assert min(errors.values()) > 0.8
+    assert history.attrs["solver_error_10"] < 0.15
+
+
+def test_plain_batches_learn_a_map_that_follows_the_condition() -> None:
+    """N(0, 1), whatever the condition, to N(2 c + 1, 1/4): random couples leave x and c independent, and every
+    coordinate's flow is x ↦ 2 c + 1 + x / 2."""
+    generator = torch.Generator().manual_seed(1)
+    c0, c1, at = (torch.rand(n, 1, generator=generator) for n in (4000, 4000, 400))
+    x0, x = torch.randn(4000, 2, generator=generator), torch.randn(400, 2, generator=generator)
+    x1 = 2 * c1 + 1 + 0.5 * torch.randn(4000, 2, generator=generator)
+    transport = pim.ConditionalTransport(2, 1, engine="batch", coupling=Coupling(0.0, None, optimal=False), width=64)
+    transport.fit((x0, c0), (x1, c1), progress=False, schedule=pim.Schedule(steps=400, batch_size=256))
+    at = at.clamp(transport.context_low, transport.context_high)
+    error = transport(x, at) - (2 * at + 1 + x / 2)
+    assert error.square().mean().sqrt() < 0.12
 
 
 # ------------------------------------------------------------------ change of variables
@@ -287,6 +333,11 @@ def tables(number: int = 60, other: int | None = None) -> tuple[tuple[Tensor, Te
     return source, target
 
 
+def at_seven(rows: Tensor, value: float) -> Tensor:
+    """The rows with another one for the seventh."""
+    return rows.index_fill(0, torch.tensor(7), value)
+
+
 @pytest.mark.parametrize("engine", ["optimal", "base", "batch"])
 def test_save_load_and_seed(engine: str, tmp_path: Path) -> None:
     coupling = Coupling(2.0, 0.3) if engine == "batch" else None
@@ -324,13 +375,24 @@ def test_few_evaluations_and_their_error() -> None:
     [
         (lambda s, t: ((torch.randn(60, 3), s[1]), t), r"source points: shape \(60, 3\), expected 2"),
         (lambda s, t: (s, (t[0], torch.rand(60, 2))), "target conditions"),
-        (lambda s, t: ((s[0][:0], s[1][:0]), t), "source: 0 rows"),
-        (lambda s, t: (s, (t[0][:5], t[1][:5])), "target: 5 rows"),
+        (lambda s, t: ((s[0][:0], s[1][:0]), t), "source: 0 rows, expected at least 10; a population must"),
+        (lambda s, t: (s, (torch.zeros(0), torch.zeros(0))), "target: 0 rows, expected at least 10"),
+        (lambda s, t: (s, t[0]), r"target: found Tensor, expected a tuple \(points, conditions\)"),
+        (lambda s, t: (s, (*t, t[1])), r"target: found 3 parts, expected a tuple \(points, conditions\)"),
+        (lambda s, t: (s, (torch.randn(60, 1), t[1])), r"target points: shape \(60, 1\), expected 2 .* made for"),
+        (lambda s, t: (s, (t[0][None], t[1][None])), r"target: points of shape \(1, 60, 2\)"),
+        (lambda s, t: (s, (t[0][:5], t[1][:5])), "target: 5 rows, expected at least 10 .* measure more"),
         (lambda s, t: ((s[0], s[1][:50]), t), "source: points of shape"),
-        (lambda s, t: ((s[0].clone().index_fill_(0, torch.tensor(7), math.nan), s[1]), t), r"points at \(7, 0\)"),
-        (lambda s, t: (s, (t[0], t[1].clone().index_fill_(0, torch.tensor(7), math.inf))), r"conditions at \(7, 0\)"),
+        (
+            lambda s, t: ((s[0].clone().index_fill_(0, torch.tensor(7), math.nan), s[1]), t),
+            r"source points at \(7, 0\): found nan.* leave out",
+        ),
+        (
+            lambda s, t: (s, (t[0], t[1].clone().index_fill_(0, torch.tensor(7), math.inf))),
+            r"target conditions at \(7, 0\): found inf",
+        ),
         (lambda s, t: (s, (t[0], t[1] + 2)), "no value is common"),
-        (lambda s, t: ((torch.ones(60, 2), s[1]), t), "the same in all rows"),
+        (lambda s, t: ((torch.ones(60, 2), s[1]), t), "source: coordinate 0 is the same in all rows.* leave it out"),
     ],
 )
 def test_fit_refuses(change, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -354,12 +416,34 @@ def test_pairs_turn_one_normal_into_the_other() -> None:
     assert float((nothing - torch.eye(2)).norm()) < 0.05
 
 
-def test_pairs_are_checked() -> None:
-    pair = torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 1)
-    with pytest.raises(pim.DataError, match="only the engine 'optimal'"):
-        pim.ConditionalTransport(2, 1, engine="base").fit(*tables(), pair, progress=False)
-    with pytest.raises(pim.DataError, match="pairs, after"):
-        pim.ConditionalTransport(2, 1).fit(*tables(), (pair[0], pair[1][:2], pair[2]), progress=False)
+PAIR = torch.zeros(3, 2), torch.zeros(3, 2), torch.full((3, 1), 0.5)
+LOST = torch.tensor([[0.0, 0.0], [0.0, math.nan], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ((LOST, *PAIR[1:]), r"pairs, before at \(1, 1\): found nan, expected a finite number; leave out"),
+        ((PAIR[0], -LOST / 0, PAIR[2]), r"pairs, after at \(0, 0\): found nan"),
+        ((*PAIR[:2], PAIR[2] / 0), r"pairs, conditions at \(0, 0\): found inf"),
+        ((torch.zeros(3, 3), *PAIR[1:]), r"pairs, before: shape \(3, 3\), expected 2 .* made for"),
+        ((PAIR[0], torch.zeros(3, 1), PAIR[2]), r"pairs, after: shape \(3, 1\), expected 2"),
+        ((*PAIR[:2], torch.zeros(3, 2)), r"pairs, conditions: shape \(3, 2\), expected 1"),
+        ((PAIR[0], PAIR[1][:2], PAIR[2]), r"pairs, after: shape \(2, 2\), expected \(3, 2\), one row for each pair"),
+        ((*PAIR[:2], PAIR[2][:1]), r"pairs, conditions: shape \(1, 1\), expected \(3, 1\)"),
+        (tuple(part[:0] for part in PAIR), "pairs: 0 of them, .* leave `pairs` out"),
+        (PAIR[:2], r"pairs: found 2 parts, expected a tuple \(before, after, conditions\)"),
+    ],
+)
+def test_pairs_are_checked(pairs: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(pim.DataError, match=message):
+        pim.ConditionalTransport(2, 1).fit(*tables(), pairs, progress=False)  # type: ignore[arg-type]
+
+
+def test_pairs_need_an_engine_that_can_use_them() -> None:
+    for engine in ("base", "batch"):
+        with pytest.raises(pim.DataError, match="only the engine 'optimal'"):
+            pim.ConditionalTransport(2, 1, engine=engine).fit(*tables(), PAIR, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +454,7 @@ def test_pairs_are_checked() -> None:
         {"stochastic": True, "noise": 0.0},
         {"scales": [1.0]},
         {"scales": [1.0, -1.0]},
+        {"scales": [1.0, math.nan]},
         {"coupling": Coupling()},
     ],
 )
@@ -379,16 +464,63 @@ def test_settings_are_checked(settings: dict) -> None:
 
 
 def test_conditions_out_of_range_are_said() -> None:
-    transport = pim.ConditionalTransport(2, 1, engine="base", width=16)
-    transport.fit(*tables(), progress=False, schedule=SHORT)
-    c = torch.tensor([[0.5], [4.0]])
-    with pytest.warns(pim.UnfamiliarCondition, match=r"condition 0 at \(1,\): 4 lies 3\.\d+ outside"):
-        transport(torch.zeros(2, 2), c)
-    with pytest.raises(pim.DataError, match="c at"):
-        transport.condition(torch.tensor([[math.nan]]))
+    transport = pim.ConditionalTransport(2, 1, engine="base", stochastic=True, width=16)
+    (x0, c0), (x1, c1) = tables()
+    transport.fit((x0, c0), (x1, 0.4 + c1), progress=False, schedule=SHORT)
+    low, high = (0.4 + c1).min().item(), c0.max().item()  # where both were seen
+    assert (transport.context_low.item(), transport.context_high.item()) == pytest.approx((low, high))
+    x, inside, above, below = torch.zeros(2, 2), torch.tensor([[0.6], [0.7]]), torch.tensor([[0.6], [4.0]]), [[0.1]]
+    size = torch.cat([c0, 0.4 + c1]).std().item()
+    far = rf"condition 0 at \(1,\): 4 lies {4 - high:.3f}\d* outside \[0\.4\d*, 0\.9\d*\], where both populations"
+    asked = (
+        lambda c: transport(x, c),
+        lambda c: transport.condition(c),
+        lambda c: transport.inv.condition(c),
+        lambda c: transport.given(x, c),
+        lambda c: transport.law("target", c),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ask in asked:
+            ask(inside)
+    for ask in asked:
+        with pytest.warns(pim.UnfamiliarCondition, match=far) as caught:
+            ask(above)
+        assert f"that is {(4 - high) / size:.2g} of its standard deviations" in str(caught[0].message)
+        assert "ask within, or measure there" in str(caught[0].message)
+    with pytest.warns(pim.UnfamiliarCondition, match=rf"condition 0 at \(0,\): 0.1 lies {low - 0.1:.3f}\d* outside"):
+        transport.condition(torch.tensor(below))
 
 
-def test_small_populations_are_said() -> None:
-    transport = pim.ConditionalTransport(2, 1, engine="base", width=16)
-    with pytest.warns(pim.SmallPopulation, match="source: 12 rows, target: 400"):
-        transport.fit(*tables(12, 400), progress=False, schedule=SHORT)
+@pytest.mark.parametrize(
+    ("x", "c", "message"),
+    [
+        (torch.zeros(2, 2), torch.tensor([[0.5], [math.nan]]), r"c at \(1, 0\): found nan, expected a finite number"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), r"c: shape \(2, 2\), expected 1 in the last dimension"),
+        (torch.zeros(2, 1), torch.zeros(2, 1), r"x: shape \(2, 1\), expected 2 in the last dimension"),
+        (torch.tensor([[0.0, math.inf]]), torch.zeros(1, 1), r"x at \(0, 1\): found inf"),
+    ],
+)
+def test_points_and_conditions_are_checked(x: Tensor, c: Tensor, message: str) -> None:
+    transport = pim.ConditionalTransport(2, 1, stochastic=True, width=16)
+    for ask in (transport, transport.given):
+        with pytest.raises(pim.DataError, match=message):
+            ask(x, c)
+
+
+@pytest.mark.parametrize("engine", ["optimal", "base", "batch"])
+def test_small_populations_are_said(engine: str) -> None:
+    transport = pim.ConditionalTransport(2, 1, engine=engine, width=16, groups=4, group_size=16)
+    with pytest.warns(pim.SmallPopulation, match="source: 12 rows, target: 400; .* the smaller, of which to measure"):
+        history = transport.fit(*tables(12, 400), progress=False, schedule=SHORT)
+    assert (history.attrs["source_rows"], history.attrs["target_rows"]) == (12, 400)
+    assert transport(torch.zeros(3, 2), torch.full((3, 1), 0.5)).isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transport.fit(*tables(30, 400), progress=False, schedule=SHORT._replace(steps=1))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, math.nan])
+def test_a_share_to_hold_out_is_checked(share: float) -> None:
+    with pytest.raises(pim.DataError, match=f"validation: {share}, expected a share between 0 and 1"):
+        pim.ConditionalTransport(2, 1).fit(*tables(), progress=False, validation=share)

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
 from pyro_invman.density.velocity import Solver, VelocityField, flow
+from pyro_invman.variables import DataError
 
 
 class Linear(NamedTuple):
@@ -21,6 +22,11 @@ class Linear(NamedTuple):
     inverse: Tensor
     after: Tensor
     log_det: Tensor
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.before.shape[-1]
 
     @property
     def inv(self) -> Linear:
@@ -44,6 +50,11 @@ class Flowed(NamedTuple):
     solver: Solver
     reverse: bool = False
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.field.event_dim
+
     def go(self, x: Tensor, back: bool, volume: bool) -> tuple[Tensor, Tensor]:
         """As `Linear.go`; the change of volume is zero unless `volume` asks for it."""
         shape = torch.broadcast_shapes(x.shape[:-1], self.c.shape[:-1])
@@ -63,9 +74,14 @@ class TransportMap(Transform):
     integrated with the flow. All are differentiable in x, in c and in the weights; nothing is cached. With a solver of
     fixed steps the inverse is that of the flow itself, and differs from the map's by the solver's error.
 
+    A row that is not finite goes to NaN.
+
     Arguments:
         stages: what x goes through, in this order.
         dtype: of the stages; what comes in is cast, and what goes out cast back.
+
+    Raises:
+        DataError: x has another dimension than the map.
     """
 
     domain = constraints.real_vector
@@ -75,8 +91,14 @@ class TransportMap(Transform):
     def __init__(self, stages: Sequence[Linear | Flowed], dtype: torch.dtype) -> None:
         super().__init__(cache_size=0)
         self._stages, self._dtype = tuple(stages), dtype
+        self._dim = self._stages[0].dim
 
     def _through(self, x: Tensor, back: bool, volume: bool = False) -> tuple[Tensor, Tensor]:
+        if x.shape[-1:] != (self._dim,):
+            raise DataError(
+                f"{'y' if back else 'x'}: shape {tuple(x.shape)}, expected {self._dim} in the last dimension, which "
+                "the map was made for"
+            )
         place, total = x.to(self._dtype), x.new_zeros(())
         for stage in reversed(self._stages) if back else self._stages:
             place, change = stage.go(place, back, volume)
