@@ -31,6 +31,7 @@ from pyro_invman.training import Record
 from pyro_invman.variables import DataError, Standardization, Variables
 
 _AT_ONCE = 16_384  # rows a block of draws, which bounds memory
+_SETTLING, _SETTLED = 30, 2e-3  # rounds of the Gaussian base alone, and a move that ends them
 
 
 class Completion(NamedTuple):
@@ -211,12 +212,14 @@ def rounds(
     plan: Completion,
     draws: tuple[int, int],
     seed: int,
-    untrained: AnyOrderFlow,
+    base: AnyOrderFlow,
 ) -> list[Round]:
     """Draws missing cells and trains on the completed rows, until the evidence of held-out rows stops rising.
 
     The first draws are the Gaussian base's, which is right for what is linear even where nothing was observed, unless
-    what was trained describes the held-out cells better by more than two standard errors.
+    what was trained describes the held-out cells better by more than two standard errors. Where a mechanism is
+    declared, rounds of the base alone come first: each takes a share of what is left of an error away, and they cost
+    little.
 
     Arguments:
         learned: natural rows (N, D) to learn from, drawn within their rounding.
@@ -224,7 +227,7 @@ def rounds(
         run: trains on completed working rows (M, N, D), with others (R, H, D) held out, in round 1, 2, …
         draws: M and R.
         seed: of the draws.
-        untrained: the density before it was trained, which is its Gaussian base.
+        base: the density as its Gaussian base alone, changed in place.
     """
     found: list[Round] = []
     trained = completer.density
@@ -234,7 +237,9 @@ def rounds(
         return completer.evidence(held_out, torch.Generator().manual_seed(seed)).double()
 
     last = evidence()
-    completer.density = untrained
+    completer.density = base
+    if completer.mechanism is not None:
+        _settle(completer, learned(torch.Generator().manual_seed(seed)), draws[0], seed)
     better, error = _mean(last - evidence())
     if better > 2 * error:
         completer.density = trained
@@ -254,6 +259,19 @@ def rounds(
         if number > 1 and rise <= error:
             break
     return found
+
+
+def _settle(completer: Completer, rows: Tensor, number: int, seed: int) -> None:
+    """Draws missing cells of natural rows (N, D) from the Gaussian base and fits it to what was completed, until it
+    hardly moves; the same random numbers every time, so that what moves it are the rows."""
+    found = completer.density.context.base
+    for _ in range(_SETTLING):
+        before = found.mean.clone(), found.covariance.clone()
+        pool = completer(rows, number, torch.Generator().manual_seed(seed)).rows
+        completer.density.refit_base(pool.flatten(0, 1))
+        after = found.mean, found.covariance
+        if max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) < _SETTLED:
+            break
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

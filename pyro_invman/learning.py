@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def learn(
         completer = Completer(
             density, standardization, variables, lesson.mechanism, lesson.simulator, plan.proposals, lesson.learned[:64]
         )
-    untrained = copy.deepcopy(density)
+    base = density.as_base()
     learner = Learner(density, lesson, run, bool(why))
     rounded = any(v.resolution > 0 for v in variables)
 
@@ -125,7 +124,7 @@ def learn(
             return unrounded(lesson.learned, variables, generator)
 
         copies = max(1, min(16, _DRAWS // len(working)))
-        done = rounds(completer, learned, held_out, run_round, plan, (copies, repeats), run.seed, untrained)
+        done = rounds(completer, learned, held_out, run_round, plan, (copies, repeats), run.seed, base)
         said["evidence"] = [each.evidence for each in done]
         if completer.declared:
             said["effective_proposals"] = [each.effective for each in done]

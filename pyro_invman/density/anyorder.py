@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -114,6 +115,18 @@ class AnyOrderFlow(nn.Module):
                 start = torch.stack([torch.zeros(components), 0.8 * spread, torch.full((components,), math.log(0.6))])
                 self.out.bias.copy_(start.flatten())
         self.eval()  # only a training loop leaves units out
+
+    def as_base(self) -> AnyOrderFlow:
+        """A copy that answers as its Gaussian base does: what it has learned besides is left out."""
+        alone = copy.deepcopy(self)
+        with torch.no_grad():
+            for layer in (alone.out, alone.out_levels):
+                if layer is not None:
+                    layer.weight.zero_()
+                    layer.bias.zero_()
+            if self.kind == "mixture":  # of components that are one standard normal
+                alone.out.bias[2 * self.components :] = math.log1p(-self.min_scale)
+        return alone
 
     def link(self, linked: Tensor) -> None:
         """Lets dependence run along the `linked` pairs (D, D) of columns alone; all False: nothing is known of any."""
