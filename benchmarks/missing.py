@@ -400,7 +400,8 @@ def table(results: Mapping[str, Any]) -> str:
             shown = "–" if math.isnan(effective) else f"{effective:.1f}"
             lines.append(f"| {label} | {scores} | {shown} | {found['fit_cpu_s']:.0f} |")
         lines.append("")
-    where = {name: str(value) for name, value in results["versions"].items()}
+    where = {name: str(value) for name, value in results["versions"].items() if name != "pyro_invman sources"}
+    where |= {f"pyro_invman sources of {part}": sources for part, sources in results["sources"].items()}
     lines.append("Measured with: " + "; ".join(f"{name} {value}" for name, value in sorted(where.items())) + ".")
     return "\n".join(lines) + "\n"
 
@@ -426,6 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["parts"][part] = (
                 {**results["parts"].get("six", {}), f"seed {seed}": found} if part == "six" else found
             )
+            results.setdefault("sources", {})[part] = results["versions"]["pyro_invman sources"]
             results["missed"] = missed(results["parts"])
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
             arguments.out.with_suffix(".md").write_text(table(results))
