@@ -27,7 +27,8 @@ class Schedule(NamedTuple):
 
     The learning rate rises over `warmup` steps and falls as a cosine over `steps`, or over the time allowed where that
     ends first. Every `evaluate_every` steps the running mean of the weights is scored on held-out rows; after
-    `patience` scores without improvement training ends, and the best weights are kept.
+    `patience` scores without improvement it goes back to the best weights at a quarter of the rate, as often as there
+    are `coolings`, and then training ends; the best weights are kept.
 
     What is None is chosen by the number of rows N (see `for_rows`): batches of N/4 rows, between 32 and 384; 2 N
     steps, between 600 and 12,000, a tenth of them (at most 200) to warm up; an evaluation about every 5 epochs, at
@@ -45,6 +46,7 @@ class Schedule(NamedTuple):
     warmup: int | None = None
     evaluate_every: int | None = None
     patience: int = 12
+    coolings: int = 0
     averaging: float = 0.998
     clip: float = 5.0
 
@@ -136,9 +138,15 @@ class _State:
         if square:
             self.optimizers.append(_Muon(square, lr=rate, weight_decay=decay))
         self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.stale, self.seconds, self.best_loss = 0, 0, 0.0, math.inf
+        self.step, self.stale, self.cooled, self.seconds, self.best_loss = 0, 0, 0, 0.0, math.inf
         self.running: list[float] = []
         self.history: list[Record] = []
+
+    def cool(self) -> None:
+        """Goes back to the best weights, from where smaller steps are taken."""
+        self.module.load_state_dict(self.best)
+        self.average.load_state_dict(self.best)
+        self.stale, self.cooled = 0, self.cooled + 1
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Writes the whole state to one file; a reader sees the old file or the new one, never a part."""
@@ -155,6 +163,7 @@ class _State:
         scalars = {
             "step": self.step,
             "stale": self.stale,
+            "cooled": self.cooled,
             "seconds": self.seconds,
             "best_loss": self.best_loss,
             "running": self.running,
@@ -261,6 +270,7 @@ def train(
             spent = max(spent, elapsed / max_seconds)
         rate = (
             plan.learning_rate
+            * 0.25**state.cooled
             * min(1.0, (state.step + 1) / plan.warmup)
             * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
         )
@@ -291,6 +301,8 @@ def train(
         if state.step % plan.evaluate_every == 0 or state.step == plan.steps:
             _evaluate(state, validate, sum(state.running) / len(state.running), rate, began)
             state.running = []
+            if state.stale >= schedule.patience and state.cooled < schedule.coolings:
+                state.cool()
             bar.set_postfix(held_out=f"{state.best_loss:.3f}")
             if path is not None:
                 state.save(path, fingerprint)

@@ -95,6 +95,21 @@ def test_a_run_that_only_gets_worse_ends_with_what_it_began_with():
     assert torch.equal(weights(start), before)
 
 
+def test_cooling_goes_back_to_the_best_weights_and_takes_smaller_steps():
+    worse, schedule = network(), SHORT._replace(patience=3, steps=1000, coolings=2)
+    before = weights(worse).clone()
+    history = train(worse, lambda m, rows, g: -loss(m, rows, g), held_out, len(X), schedule, progress=False)
+    assert [record.step for record in history] == list(range(0, 91, 10))  # three times three without improvement
+    assert torch.equal(weights(worse), before)
+    rate = {record.step: record.learning_rate for record in history}
+    assert rate[40] < 0.26 * rate[30] and rate[70] < 0.26 * rate[60]
+    after = [record.validation_loss for record in history]
+    assert after[4] < after[3]  # from the best weights again, not from where it had gone astray
+    noisy = SHORT._replace(learning_rate=0.1, steps=3000, patience=4)
+    ended, cooled = (run(schedule=noisy._replace(coolings=number))[1] for number in (0, 3))
+    assert min(r.validation_loss for r in cooled) < 0.7 * min(r.validation_loss for r in ended)
+
+
 def test_a_clock_that_has_run_out_ends_the_run():
     started = time.monotonic()
     _, history = run(schedule=Schedule(steps=10**7, patience=10**6, warmup=1), max_seconds=1.0)
@@ -152,6 +167,21 @@ def test_an_interrupted_run_resumed_is_an_undisturbed_run(tmp_path, step):
         assert found.step == record.step
         assert found.validation_loss == pytest.approx(record.validation_loss, abs=1e-6)
         assert found.train_loss == pytest.approx(record.train_loss, abs=1e-6, nan_ok=True)
+
+
+def test_a_run_interrupted_after_a_cooling_resumes_cooled(tmp_path):
+    schedule, path = SHORT._replace(learning_rate=0.1, steps=1000, patience=2, coolings=2), tmp_path / "run.safetensors"
+    expected, history = run(schedule=schedule)
+    rates = [record.learning_rate for record in history[1:]]
+    cooled = next(i for i, (a, b) in enumerate(itertools.pairwise(rates), 1) if b < 0.5 * a)
+    with pytest.raises(Interrupted):
+        train(
+            network(), interrupted_at(history[cooled].step + 5), held_out, len(X), schedule, progress=False,
+            checkpoint=path,
+        )  # fmt: skip
+    module, resumed = run(network(seed=9), schedule, checkpoint=path, resume=True)
+    torch.testing.assert_close(weights(module), weights(expected), rtol=0, atol=1e-6)
+    assert [record.step for record in resumed] == [record.step for record in history]
 
 
 def test_resuming_a_run_that_is_over_changes_nothing(tmp_path):

@@ -37,7 +37,7 @@ class VelocityField(nn.Module):
     """
 
     def __init__(
-        self, event_dim: int, context_dim: int, width: int = 128, blocks: int = 2, frequencies: int = 4
+        self, event_dim: int, context_dim: int, width: int = 96, blocks: int = 2, frequencies: int = 4
     ) -> None:
         super().__init__()
         self.event_dim, self.context_dim, self.frequencies = event_dim, context_dim, frequencies
