@@ -58,10 +58,12 @@ class Completed(NamedTuple):
 
 class Round(NamedTuple):
     """One expectation and maximisation: the records of its training, log p(observed cells) of held-out rows in nats a
-    row, and the mean and smallest effective number of proposals (NaN where none was weighted)."""
+    row, whether its weights were kept, and the mean and smallest effective number of proposals (NaN where none was
+    weighted)."""
 
     records: list[Record]
     evidence: float
+    kept: bool
     effective: float
     smallest: float
 
@@ -214,7 +216,8 @@ def rounds(
     seed: int,
     base: AnyOrderFlow,
 ) -> list[Round]:
-    """Draws missing cells and trains on the completed rows, until the evidence of held-out rows stops rising.
+    """Draws missing cells and trains on the completed rows, until the evidence of held-out rows stops rising. A round
+    after which it has fallen, by more than two standard errors, is taken back.
 
     The first draws are the Gaussian base's, which is right for what is linear even where nothing was observed, unless
     what was trained describes the held-out cells better by more than two standard errors. Where a mechanism is
@@ -248,15 +251,19 @@ def rounds(
         pool = completer(learned(generator), draws[0], generator)
         checked = completer(held_out, draws[1], generator)
         completer.density = trained
+        before = {name: value.clone() for name, value in trained.state_dict().items()}
         if completer.declared:  # by the rows alone the base is right already, its likelihood is the observed cells'
             completer.density.refit_base(pool.rows.flatten(0, 1))
         records = run(number, pool.rows, checked.rows)
         weighted = pool.effective[~pool.effective.isnan()]
         mean, least = (float(weighted.mean()), float(weighted.min())) if len(weighted) else (math.nan, math.nan)
         now = evidence()
-        found.append(Round(records, float(now.mean()), mean, least))
         (rise, error), last = _mean(now - last), now
-        if number > 1 and rise <= error:
+        kept = rise >= -2 * error
+        found.append(Round(records, float(now.mean()), kept, mean, least))
+        if not kept:
+            trained.load_state_dict(before)
+        if not kept or (number > 1 and rise <= error):
             break
     return found
 

@@ -126,6 +126,7 @@ def learn(
         copies = max(1, min(16, _DRAWS // len(working)))
         done = rounds(completer, learned, held_out, run_round, plan, (copies, repeats), run.seed, base)
         said["evidence"] = [each.evidence for each in done]
+        said["kept"] = [int(each.kept) for each in done]
         if completer.declared:
             said["effective_proposals"] = [each.effective for each in done]
             said["smallest_effective_proposals"] = [each.smallest for each in done]

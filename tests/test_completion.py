@@ -155,6 +155,28 @@ def test_rounds_of_the_base_alone_reach_the_greatest_likelihood():
     torch.testing.assert_close(of_base(work.density).float(), best.float(), rtol=0, atol=0.02)
 
 
+def test_a_round_that_describes_held_out_cells_worse_is_taken_back():
+    process = LinearGaussian.random(2, 2, seed=1)
+    flow, rows = gaussian_flow(process), pim.data.to_tensor(process.sample(400, seed=3, missing=0.4), process.variables)
+    before = {name: value.clone() for name, value in flow.density.state_dict().items()}
+
+    def ruin(number: int, pool: Tensor, checked: Tensor) -> list:
+        flow.density.out.bias.data.add_(0.5)
+        return []
+
+    def leave(number: int, pool: Tensor, checked: Tensor) -> list:
+        return []
+
+    for run, kept in ((ruin, [False]), (leave, [True, True])):
+        done = completion.rounds(
+            completer(flow), lambda _: rows[:200], rows[200:], run, completion.Completion(), (1, 1), 0,
+            flow.density.as_base(),
+        )  # fmt: skip
+        assert [each.kept for each in done] == kept
+        for name, value in flow.density.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
 def test_a_trained_flow_without_what_it_learned_is_its_base():
     process = LinearGaussian.random(2, 2, seed=1)
     flow = gaussian_flow(process)
@@ -229,6 +251,7 @@ def test_missing_by_an_observed_value_is_found_said_and_put_right(by_the_first):
     history = flow.fit(by_the_first, progress=False, schedule=STEPS)
     assert history.attrs["completion"] == "the mask depends on observed values"
     assert len(history.attrs["evidence"]) == history["round"].max() >= 1
+    assert history.attrs["kept"][0] == 1
     assert history.step.values.tolist() == sorted(set(history.step.values.tolist()))
     truth = torch.tensor([0.0, 0.8, 0.6])
     for target, given in (("x1", "x2"), ("x2", "x1")):
