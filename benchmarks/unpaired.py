@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"cells": {}}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
-    packages = ("torch", "numpy", "pot", "torchdiffeq", "pyro-ppl")
+    packages = ["torch", "numpy", "pot", "torchdiffeq", "pyro-ppl", *["torchcfm"] * unpaired_peers.is_there()]
     results |= {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "machine": machine(),
