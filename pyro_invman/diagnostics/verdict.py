@@ -69,7 +69,7 @@ def judge(
     little. All p-values are adjusted for their number by Holm's procedure. A direction that fails a test is not to be
     used if it is materially wrong (90 % intervals that cover less than 80 %, a bias above 0.4 standard deviations, a
     reference that knew better) and to be used with care otherwise. With care, too, is what fewer than 20 questions
-    speak for, and what says no more than knowing nothing.
+    speak for, and what does not surely say more than knowing nothing.
 
     Arguments:
         asked: answers by name of the direction.
@@ -149,8 +149,14 @@ def _judged(
         reasons.append(f"only {len(asked)} held-out questions to judge by")
     silent = not gain > 2 * error
     if silent:
-        why = "nothing known of it to compare with" if math.isnan(gain) else "says no more than knowing nothing"
-        reasons.append(why)
+        if math.isnan(gain):
+            reasons.append("nothing known of it to compare with")
+        elif math.isnan(error):
+            reasons.append(f"{gain:+.2f} nats a question on knowing nothing, of one task: no telling whether by luck")
+        elif gain > 0:
+            reasons.append(f"not surely better than knowing nothing ({gain:.2f} ± {error:.2f} nats a question)")
+        else:
+            reasons.append("says no more than knowing nothing")
     verdict = DO_NOT if knew or (wrong and material) else CARE if reasons else USE
     if not reasons:
         interval = "" if math.isnan(share) else f"; 90 % intervals held {share:.0%}"
