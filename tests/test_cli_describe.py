@@ -180,6 +180,15 @@ def test_describe_writes_a_project_that_reads_the_table(messy, capsys):
     assert "DECIDE" in (messy.parent / "invman.toml").read_text()
 
 
+def test_rows_that_repeat_are_told(messy, capsys):
+    assert main(["describe", str(messy), "--look"]) == 0
+    assert "cell by cell" not in capsys.readouterr().out
+    lines = MESSY.splitlines()
+    messy.write_bytes("\r\n".join([*lines, lines[5], lines[4], lines[5]]).encode("latin1"))
+    assert main(["describe", str(messy), "--look"]) == 0
+    assert "3 rows are an earlier one cell by cell (line 16 is line 6); each counts" in capsys.readouterr().out
+
+
 def test_a_project_file_is_never_overwritten_unasked(messy, capsys):
     project = messy.parent / "invman.toml"
     project.write_text("# mine\n")

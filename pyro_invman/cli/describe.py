@@ -103,6 +103,7 @@ def _report(path: Path, raw: RawTable, guess: Guess, dialect: Dialect | None, pr
         "table": str(path),
         "rows": rows,
         "blank_lines": raw.blank_lines,
+        "repeated": _repeated(raw),
         "missing_share": missing / cells,
         "written": None if dialect is None else {k: getattr(dialect, k) for k in Dialect._fields if k != "reasons"},
         "task": guess.task,
@@ -117,6 +118,16 @@ def _report(path: Path, raw: RawTable, guess: Guess, dialect: Dialect | None, pr
             for row, text in c.wrong
         ],
     }
+
+
+def _repeated(raw: RawTable) -> list[dict[str, int]]:
+    """Rows that are, cell by cell, an earlier one."""
+    first: dict[tuple[str, ...], int] = {}
+    found = []
+    for row, cells in enumerate(zip(*raw.columns.values(), strict=True)):
+        if any(cells) and first.setdefault(cells, row) != row:
+            found.append({"row": row, "line": raw.line_numbers[row], "line_of_first": raw.line_numbers[first[cells]]})
+    return found
 
 
 def _text(path: Path, out: Path, report: dict[str, Any], prog: str) -> str:
@@ -134,6 +145,11 @@ def _text(path: Path, out: Path, report: dict[str, Any], prog: str) -> str:
         "What was guessed, and why:",
         *(f"  {line}" for line in report["guessed"]),
     ]
+    if report["repeated"]:
+        count, one = len(report["repeated"]), report["repeated"][0]
+        rows = "1 row is" if count == 1 else f"{count} rows are"
+        where = f"line {one['line']} is line {one['line_of_first']}"
+        parts += ["", f"{rows} an earlier one cell by cell ({where}); each counts, so take copies out of the table"]
     if report["to_mend"]:
         parts += ["", "Cells that are no numbers, which `fit` refuses (rows count from 0, without the header):"]
         parts += _to_mend(report["to_mend"])
