@@ -265,6 +265,7 @@ def test_a_task_column_makes_a_manifold(runs, tmp_path, capsys):
     y = next(line for line in report["held_out"] if line["variable"] == "y")
     assert y["units"] == "V" and y["log loss"] < y["knowing nothing"] - 1.0 and y["rows"] == 16
     assert "invman.toml says" in printed.err
+    assert f"kept from the fit, to ask about afterwards: {', '.join(report['held_out_tasks'])};" in printed.err
     assert (tmp_path / "m" / "invman.toml").is_file()
     assert main(["fit", str(runs), "--model", "flow", *options[2:]]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "JointFlow"
@@ -294,6 +295,19 @@ def test_rows_must_be_of_one_task(manifold, runs, capsys):
     assert main([*ask, "--of", "F39", "--json"]) == 0
     (y,) = json.loads(capsys.readouterr().out)["targets"]
     assert y["5 %"] < 2.5 < y["95 %"]
+
+
+def test_a_task_is_no_variable(manifold, runs, capsys):
+    assert main(["predict", str(manifold), "--given", "x=0.5,Furnace=F 3"]) == 1
+    assert "'Furnace' names the task" in (said := capsys.readouterr().err) and "--rows TABLE --of 'F 3'" in said
+
+
+def test_impute_says_which_task_is_strange(manifold, tmp_path, capsys):
+    table, out = tmp_path / "strange.csv", str(tmp_path / "filled.csv")
+    table.write_text("Furnace;x;y\nodd;-0,5;19,5\nodd;0;20\nodd;0,8;\nodd;0,7;\nfine;0;1\nfine;0,5;\n")
+    assert main(["impute", str(manifold), str(table), "--out", out, "--num-samples", "2"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("like none that was learned") == 1 and "note: odd: the task" in said
 
 
 def test_fingerprint(manifold, runs, new, capsys, tmp_path):

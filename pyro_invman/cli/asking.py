@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pyro_invman.cli.typed import Names
 from pyro_invman.data import from_tensor, labels_of, to_tensor
 from pyro_invman.joint import JointFlow
 from pyro_invman.tasks.manifold import ProcessManifold
+from pyro_invman.tasks.typicality import UnfamiliarTask
 from pyro_invman.variables import DataError, Variables
 
 
@@ -125,12 +127,21 @@ def _completed(manifold: ProcessManifold, ds: Any, values: Tensor, arguments: ar
     """Draws (S, N, D) of rows, each completed given its own cells and the other rows of its task."""
     tasks = labels_of(ds, "task") or [""] * len(values)
     cells = values.expand(arguments.num_samples, *values.shape).clone()
+    strange: dict[str, str] = {}
     for row in values.isnan().any(-1).nonzero()[:, 0].tolist():
         others = [n for n, task in enumerate(tasks) if task == tasks[row] and n != row]
         hidden = values[row].isnan()
         targets = [v.name for v, gone in zip(manifold.variables, hidden.tolist(), strict=True) if gone]
         given = {v.name: c for v, c in zip(manifold.variables, values[row], strict=True) if not bool(c.isnan())}
-        task = manifold.infer_task(ds.isel(row=others), seed=arguments.seed)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            task = manifold.infer_task(ds.isel(row=others), seed=arguments.seed)
+        for each in caught:
+            if issubclass(each.category, UnfamiliarTask):
+                strange.setdefault(tasks[row], str(each.message))
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         draws = draws_of(task.conditional(targets, given), arguments.num_samples, arguments.seed + row)
         cells[:, row, hidden] = draws.to(cells)
+    for name, message in strange.items():
+        say(f"note: {name}: {message}" if name else f"note: {message}")
     return cells

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HELD_OUT, HISTORY = "held_out.json", "history.json"
 """What a fit keeps beside its model: rows that it did not learn from, and its history."""
 _FEWEST_TASKS = 5  # below which none is kept from the fit
+_MOST_NAMED = 6
 _QUESTIONS = 30  # of a variable, to a manifold, which takes a tenth of a second over each
 _CONTEXT = tuple(range(2, 40))  # every row after the first two of a task, given those before it
 
@@ -60,6 +61,11 @@ def fit(arguments: argparse.Namespace) -> None:
     if as_manifold:
         number = len(set(labels_of(training, "task") or ()))
         say(f"fitting a manifold to {number} tasks (--model flow takes all rows for one)")
+        if held_out is not None:
+            kept = sorted(set(labels_of(held_out, "task") or ()))
+            more = f" and {len(kept) - _MOST_NAMED} more" if len(kept) > _MOST_NAMED else ""
+            names = ", ".join(kept[:_MOST_NAMED])
+            say(f"kept from the fit, to ask about afterwards: {names}{more}; --test-share 0 learns from all")
         model = ProcessManifold.from_dataset(
             training,
             arguments.latent_dim,

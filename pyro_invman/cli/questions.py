@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +143,7 @@ def givens_of(
     arguments: argparse.Namespace, model: JointFlow | ProcessManifold, project: Project
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What is given: by name for all rows, and the rows (R, D) that are to be answered, if a table of them is."""
+    _names_no_task(arguments.given, project)
     given = values_of(arguments.given, Names(model.variables, project.columns))
     if not arguments.table:
         return given, None
@@ -156,6 +159,16 @@ def givens_of(
             )
         values[:, column] = value
     return given, values
+
+
+def _names_no_task(given: Sequence[str] | str | None, project: Project) -> None:
+    texts = given if isinstance(given, str) else ",".join(given or ())
+    if project.task and (found := re.search(rf"(?:^|,)\s*{re.escape(project.task)}\s*=\s*([^,]*)", texts)):
+        name = found[1].strip()
+        raise DataError(
+            f"--given {project.task}={name}: {project.task!r} names the task and is no variable; a task is known by "
+            f"its rows: --rows TABLE --of {shlex.quote(name)}"
+        )
 
 
 def cells_of(values: Tensor, variables: Variables, targets: Sequence[str]) -> dict[str, Tensor]:
