@@ -17,7 +17,8 @@ from pyro_invman.training import Record, Schedule, train
 Widen = Callable[[Tensor, torch.Generator], Tensor]
 
 _GAUSSIAN = Schedule(steps=700, batch_size=256, averaging=0.99)
-_FLOW = Schedule(steps=3000, batch_size=1024, patience=5, coolings=3)
+# of fewer rows than some 18,000, too, each rate is given more than 440 steps
+_FLOW = Schedule(steps=3000, batch_size=1024, evaluate_every=88, patience=5, coolings=3)
 
 
 class Population:
