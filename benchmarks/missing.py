@@ -40,7 +40,14 @@ import torch
 from torch import Tensor
 
 import pyro_invman as pim
-from benchmarks.missing_best import attainable, coefficients, compare_normal, conditionals, greatest_likelihood
+from benchmarks.missing_best import (
+    attainable,
+    coefficients,
+    compare_normal,
+    conditionals,
+    greatest_likelihood,
+    summary,
+)
 from benchmarks.sbi import ROOT, machine, versions
 from pyro_invman.data import to_tensor
 from pyro_invman.simulators.linear_gaussian import LinearGaussian
@@ -161,13 +168,7 @@ def compare(process: LinearGaussian, flow: pim.JointFlow, seed: int, givens: int
         errors.append(float((found - truth).abs().max()))
         if dim == 2:
             each[f"{name} given {names[known[0]]}"] = found.tolist()
-    return {
-        "largest_error": max(errors),
-        "mean_error": sum(errors) / len(errors),
-        "within": sum(e <= COEFFICIENT_BAR for e in errors) / len(errors),
-        "kl": sum(divergences) / len(divergences),
-        "largest_kl": max(divergences),
-    } | ({"coefficients": each} if each else {})
+    return summary(errors, divergences, COEFFICIENT_BAR) | ({"coefficients": each} if each else {})
 
 
 def _at(column: Tensor, target: int, dim: int) -> Tensor:

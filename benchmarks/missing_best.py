@@ -138,6 +138,11 @@ def compare_normal(process: LinearGaussian, found: LinearGaussian, bar: float, s
         given = {names[j]: rows[:, j] for j in known}
         other = found.conditional([names[target]], given)
         divergences.append(float(process.kl_conditional([names[target]], given, other).mean()))
+    return summary(errors, divergences, bar)
+
+
+def summary(errors: list[float], divergences: list[float], bar: float) -> dict[str, Any]:
+    """Of the largest error of a coefficient in each conditional, and of the conditionals' divergences."""
     return {
         "largest_error": max(errors),
         "mean_error": sum(errors) / len(errors),

@@ -282,6 +282,15 @@ def test_a_model_of_shifted_data_is_flagged():
     assert all(v.flagged for v in found.values()) and found["forward"].verdict == "do not use it"
 
 
+def test_one_held_out_task_tells_nothing_of_luck():
+    process = HierarchicalLinearGaussian.random(seed=3)
+    found = diagnostics.judge(*asked_of(Tasks(process), process.sample(1, 40, seed=9), max_questions=30))
+    for verdict in found.values():
+        assert math.isnan(verdict.gain_error)
+        assert "of one task: no telling whether by luck" in verdict.reasons
+        assert "no more than knowing nothing" not in verdict.reasons
+
+
 def test_few_questions_call_for_care():
     found = diagnostics.judge(*asked_of(PROCESS, PROCESS.sample(12, seed=1)))
     assert {v.verdict for v in found.values()} == {"use it with care"} and "only 12" in found["forward"].reasons

@@ -17,7 +17,7 @@ from pyro_invman.training import Record, Schedule, train
 Widen = Callable[[Tensor, torch.Generator], Tensor]
 
 _GAUSSIAN = Schedule(steps=700, batch_size=256, averaging=0.99)
-# of fewer rows than some 18,000, too, each rate is given more than 440 steps
+# a rate is given up after 440 steps without improvement, however few the rows
 _FLOW = Schedule(steps=3000, batch_size=1024, evaluate_every=88, patience=5, coolings=3)
 
 
