@@ -14,8 +14,8 @@ from torch import Tensor
 
 import pyro_invman as pim
 from pyro_invman.density.conditional_gaussian import ConditionalGaussian, rotation
-from pyro_invman.density.conditional_law import turn_of_pairs
-from pyro_invman.density.coupling import Anchor, Coupling, assignment, squared_distances
+from pyro_invman.density.conditional_law import optimal_turn, turn_of_pairs
+from pyro_invman.density.coupling import Anchor, Coupling, assignment, coupled_draws, even_noise, squared_distances
 from pyro_invman.density.velocity import Solver, VelocityField
 
 SHORT = pim.Schedule(steps=30)
@@ -272,6 +272,34 @@ def test_assignment_sorts_a_line() -> None:
     a, b = torch.randn(60, 1), torch.randn(60, 1)
     to = assignment(squared_distances(a, b))
     assert torch.equal(b[to][a[:, 0].argsort()], b.sort(0).values)
+
+
+def test_even_noise_is_normal_and_even() -> None:
+    """Over groups the moments of independent normals; within a group of 64 as many below as above the median of each
+    coordinate, where independent draws differ by eight."""
+    noise = even_noise(500, 64, 3, torch.Generator().manual_seed(0))
+    assert bool(((noise < 0).sum(1) == 32).all())
+    one = noise[:, 5]
+    assert float(one.mean(0).abs().max()) < 4.5 / 500**0.5
+    assert float((one.mT @ one / 500 - torch.eye(3)).abs().max()) < 4.5 * (2 / 500) ** 0.5
+    assert torch.equal(noise, even_noise(500, 64, 3, torch.Generator().manual_seed(0)))
+
+
+def test_couples_of_two_gaussians_lie_near_the_optimal_map() -> None:
+    """Nearer than those of independent draws."""
+    middle, count = torch.zeros(2).double(), 64
+    transport = gaussians(spd(1, 2), spd(2, 2), middle, middle)
+    generator, nothing = torch.Generator().manual_seed(0), torch.zeros(20, 0, dtype=torch.double)
+    start, end, _ = coupled_draws(*transport._laws, nothing, count, transport.length, None, generator)
+    off = (end - start).square().mean()
+    roots = [law.root(nothing.unsqueeze(1)) for law in transport._laws]
+    turn = optimal_turn(*roots, transport.length)
+    independent = []
+    for _ in range(20):
+        a, b = torch.randn(2, count, 2, generator=generator, dtype=torch.double)
+        x0, x1 = (root.go(z, False, False)[0][0] for root, z in zip(roots, (a, b), strict=True))
+        independent.append(b[assignment(squared_distances(x0, x1))] - turn.go(a, False, False)[0][0])
+    assert off < torch.stack(independent).square().mean() / 2
 
 
 def test_batches_without_distance_cost_nothing() -> None:
