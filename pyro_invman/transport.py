@@ -248,11 +248,16 @@ class ConditionalTransport(ConditionalTransformModule):
         if self.engine == "batch":
             place = standardised(self.middle, self.length)
             return [place, Flowed(self._field, c, solver), place.inv]
+        if self.engine == "base":
+            return self._through_noise(c, solver)
         source, target = (law.root(c) for law in self._laws)
         turn = optimal_turn(source, target, self.length, self.beyond)
-        if self.engine == "optimal":
-            return [source.inv, turn, Flowed(self._field, c, solver), target]
+        return [source.inv, turn, Flowed(self._field, c, solver), target]
+
+    def _through_noise(self, c: Tensor, solver: Solver) -> list[Linear | Flowed]:
+        source, target = (law.root(c) for law in self._laws)
         to_noise = Flowed(self._laws[0].field, c, solver, reverse=True)
+        turn = optimal_turn(source, target, self.length, self.beyond)
         return [source.inv, to_noise, turn, Flowed(self._laws[1].field, c, solver), target]
 
     # ------------------------------------------------------------------ learning
@@ -271,8 +276,9 @@ class ConditionalTransport(ConditionalTransformModule):
         r"""Learns the map from two unpaired tables; returns the history over ``step``, ``part`` by part.
 
         Known pairs anchor the engine ``"optimal"``: among the maps between the two Gaussians they choose the rotation
-        (:func:`pyro_invman.density.conditional_law.turn_of_pairs`), and couples are chosen nearest to where a Gaussian
-        process learned from them sends points (:class:`pyro_invman.density.coupling.Anchor`). Their rows count among
+        (:func:`pyro_invman.density.conditional_law.turn_of_pairs`), unless they are likelier without; and couples are
+        chosen nearest to where the laws' common noise sends points, corrected by a Gaussian process that the pairs
+        teach (:class:`pyro_invman.density.coupling.Anchor`). Their rows count among
         both populations too. A second fit starts anew.
 
         Arguments:
@@ -345,18 +351,28 @@ class ConditionalTransport(ConditionalTransformModule):
         c = pool[torch.randint(len(pool), (self.groups,), generator=generator)]
         anchor = None
         if anchors is not None:
-            before, after = ((points / self.length).to(c) for points in anchors[:2])
-            anchor = Anchor(before, after, self._standard(anchors[2]), (self.spread / self.length).mean().item())
-            self._turn_by(*anchors)
+            anchor = self._anchored(*anchors)
         source, target = self._laws
         couples = coupled_draws(source, target, c, self.group_size, self.length, anchor, generator, self.beyond)
         fit_couples(self._field, couples, run)
 
     @torch.no_grad()
-    def _turn_by(self, before: Tensor, after: Tensor, c: Tensor) -> None:
-        source, target = (law.root(self._standard(c)) for law in self._laws)
+    def _anchored(self, before: Tensor, after: Tensor, c: Tensor) -> Anchor:
+        """Turns the map as the pairs ask for, where that makes them likelier, and learns what they say beyond where the
+        laws' common noise then leads."""
+        at = self._standard(c)
+        source, target = (law.root(at) for law in self._laws)
         turned = optimal_turn(source, target, self.length).go(source.inv.go(before, False, False)[0], False, False)[0]
-        self.beyond.copy_(turn_of_pairs(turned, target.inv.go(after, False, False)[0]))
+        asked, found = turn_of_pairs(turned, target.inv.go(after, False, False)[0]), []
+        scale = (self.spread / self.length).mean().item()
+        for turn in (torch.eye(self.dim).to(asked), asked):
+            self.beyond.copy_(turn)
+            expected = TransportMap(self._through_noise(at, Solver()), self.length.dtype)(before)
+            x0, x1, e = (points / self.length for points in (before, after, expected))
+            found.append((Anchor(x0, x1, at, scale, e), turn))
+        anchor, turn = max(found, key=lambda each: each[0].evidence)
+        self.beyond.copy_(turn)
+        return anchor
 
     def _fit_batches(self, sides: Sequence[Population], run: Parts) -> None:
         """Couples batches of the tables as they are."""

@@ -331,6 +331,24 @@ def test_anchor_learns_a_shift_and_says_where_it_knows() -> None:
     assert (mean - x0[:5] - shift[:5]).abs().max() < 0.05
     assert anchor.predict(x0[:1] + 30, c[:1])[1] > 10 * variance.max()
     assert anchor.cost(x0, x0 + shift, c).argmin(-1).tolist() == list(range(20))
+    covariance = anchor.factor @ anchor.factor.mT
+    law = torch.distributions.MultivariateNormal(torch.zeros(20).double(), covariance)
+    assert anchor.evidence == pytest.approx(float(law.log_prob(shift.mT.double()).sum()), rel=1e-6)
+
+
+def test_anchor_corrects_what_is_expected() -> None:
+    """Pairs that say of every point the same beyond what is expected are followed; those that contradict each other
+    are not, elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    x0, c = torch.randn(40, 2, generator=generator), torch.rand(40, 1, generator=generator)
+    expected, noise = x0.sin() + c, torch.randn(40, 2, generator=generator)
+    off = torch.tensor([0.3, -0.2])
+    mean, _ = Anchor(x0[:20], (expected + off)[:20], c[:20], 1.0, expected[:20]).predict(x0, c, expected)
+    assert float((mean - expected - off).abs().max()) < 0.05
+    contradicting = Anchor(x0[:20], (expected + 0.3 * noise)[:20], c[:20], 1.0, expected[:20])
+    mean, variance = contradicting.predict(x0[20:], c[20:], expected[20:])
+    assert float((mean - expected[20:]).square().mean().sqrt()) < 0.15
+    assert 0.2**2 < float(variance.mean()) < 0.45**2
 
 
 def test_pairs_choose_among_the_maps() -> None:

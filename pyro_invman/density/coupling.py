@@ -99,8 +99,9 @@ def coupled_draws(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws of two laws at the same conditions `c` (G, K), `size` S of each, coupled within each condition.
 
-    By squared distance in units of `length` (D,), or by what `anchor` makes of it. Draws come from `even_noise`: with
-    independent ones, more of one law than of the other would fall on one side of a gap, and some be sent across.
+    By squared distance in units of `length` (D,), or by what `anchor` makes of it, which expects a draw of the source
+    where its noise leads in the target. Draws come from `even_noise`: with independent ones, more of one law than of
+    the other would fall on one side of a gap, and some be sent across.
 
     Returns:
         whitened points (G, S, D): of the source, turned as the optimal map between Gaussians turns them and then by
@@ -109,15 +110,20 @@ def coupled_draws(
     starts, ends = [], []
     for at in c.split(32):
         roots = [law.root(at.unsqueeze(1)) for law in (source, target)]
-        white, places = [], []
-        for law, root in zip((source, target), roots, strict=True):
-            noise = even_noise(len(at), size, len(length), generator).to(c)
-            white.append(Flowed(law.field, at.unsqueeze(1), _DRAWING).go(noise, False, False)[0])
-            places.append(root.go(white[-1], False, False)[0] / length)
-        for x0, x1, end, condition in zip(*places, white[1], at, strict=True):
-            cost = squared_distances(x0, x1) if anchor is None else anchor.cost(x0, x1, condition.expand(size, -1))
-            ends.append(end[assignment(cost)])
-        starts.append(optimal_turn(roots[0], roots[1], length, beyond).go(white[0], False, False)[0])
+        turn = optimal_turn(roots[0], roots[1], length, beyond)
+        noise = [even_noise(len(at), size, len(length), generator).to(c) for _ in roots]
+        flows = [Flowed(law.field, at.unsqueeze(1), _DRAWING) for law in (source, target)]
+        white = [flow.go(z, False, False)[0] for flow, z in zip(flows, noise, strict=True)]
+        places = [root.go(u, False, False)[0] / length for root, u in zip(roots, white, strict=True)]
+        if anchor is None:
+            costs = [squared_distances(x0, x1) for x0, x1 in zip(*places, strict=True)]
+        else:
+            seen = flows[1].go(turn.go(noise[0], False, False)[0], False, False)[0]
+            expected = roots[1].go(seen, False, False)[0] / length
+            parts = zip(places[0], places[1], at, expected, strict=True)
+            costs = [anchor.cost(x0, x1, condition.expand(size, -1), e) for x0, x1, condition, e in parts]
+        ends += [end[assignment(cost)] for end, cost in zip(white[1], costs, strict=True)]
+        starts.append(turn.go(white[0], False, False)[0])
     return torch.cat(starts), torch.stack(ends), c
 
 
@@ -166,37 +172,40 @@ def assignment(cost: Tensor) -> Tensor:
 
 
 class Anchor:
-    r"""Where a few known pairs say that points go: a Gaussian process for the displacement :math:`x_1 - x_0`.
+    r"""Where a few known pairs say that points go: a Gaussian process for the displacement :math:`x_1 - e(x_0, c)` from
+    where they are expected without the pairs.
 
     With kernel :math:`a^2 \exp(-|u - u'|^2 / 2 l^2) + b^2 (1 + u \cdot u')` over :math:`u = (x_0, c)` and noise
-    :math:`s^2`, shared by the coordinates and chosen by marginal likelihood. Away from the pairs it falls back on no
-    displacement with a wide law, which is what optimal transport assumes.
+    :math:`s^2`, shared by the coordinates and chosen by marginal likelihood: pairs that contradict each other count as
+    noise, and little is learned from them. Away from the pairs it falls back on what is expected, with a wide law.
 
-    The cost of sending :math:`x_0` to :math:`x_1` is :math:`|x_1 - x_0 - \mu(u)|^2 / (v(u) + s^2)`, twice the negative
+    The cost of sending :math:`x_0` to :math:`x_1` is :math:`|x_1 - e(u) - \mu(u)|^2 / (v(u) + s^2)`, twice the negative
     log-likelihood but for a term that every couple of a row shares.
 
     Arguments:
         x0, x1: the pairs (P, D), in units of the cost.
         c: their conditions (P, K), standardised.
         scale: by which x_0 is divided in u, so that places and conditions compare.
+        expected: e of the pairs (P, D); x0 itself where None.
 
     References:
         Rasmussen & Williams, *Gaussian processes for machine learning*, 2006, chapters 2 and 5.
+
+    Attributes:
+        evidence: the logarithm of the marginal likelihood of the pairs.
     """
 
     _STEPS = 150
 
-    def __init__(self, x0: Tensor, x1: Tensor, c: Tensor, scale: float) -> None:
+    def __init__(self, x0: Tensor, x1: Tensor, c: Tensor, scale: float, expected: Tensor | None = None) -> None:
         self.scale = scale
-        self.inputs, shift = self._read(x0, c), (x1 - x0).double()
+        self.inputs, shift = self._read(x0, c), (x1 - (x0 if expected is None else expected)).double()
         size = shift.square().mean().sqrt().clamp_min(1e-6).log()
         self.logs = torch.stack([size, size - 1, size.new_tensor(0.0), size - 2]).requires_grad_()
         optimizer = torch.optim.Adam([self.logs], lr=0.05)
         with torch.enable_grad():
             for _ in range(self._STEPS):
-                factor = self._factor()
-                white = torch.linalg.solve_triangular(factor, shift, upper=False)
-                loss = 0.5 * white.square().sum() + shift.shape[-1] * factor.diagonal().log().sum()
+                loss = -self._log_likelihood(self._factor(), shift)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -205,6 +214,7 @@ class Anchor:
         self.logs = self.logs.detach()
         self.factor = self._factor()
         self.weights = torch.cholesky_solve(shift, self.factor)
+        self.evidence = float(self._log_likelihood(self.factor, shift))
 
     def _read(self, x: Tensor, c: Tensor) -> Tensor:
         return torch.cat([x / self.scale, c], -1).double()
@@ -218,16 +228,24 @@ class Anchor:
         noise = self.logs[3].exp().square() * torch.eye(len(self.inputs), dtype=torch.double)
         return torch.linalg.cholesky(self._kernel(self.inputs, self.inputs) + noise)
 
-    def predict(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (N, D) of where points `x` (N, D) go, and the variance (N,) of each coordinate, noise included."""
+    @staticmethod
+    def _log_likelihood(factor: Tensor, shift: Tensor) -> Tensor:
+        white = torch.linalg.solve_triangular(factor, shift, upper=False)
+        volume = factor.diagonal().log().sum() + len(shift) * math.log(2 * math.pi) / 2
+        return -0.5 * white.square().sum() - shift.shape[-1] * volume
+
+    def predict(self, x: Tensor, c: Tensor, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean (N, D) of where points `x` (N, D) go, and the variance (N,) of each coordinate, noise included; they are
+        `expected` (N, D), or where they are."""
         inputs = self._read(x, c)
         across = self._kernel(inputs, self.inputs)
         near, linear, _, noise = self.logs.exp().square()
         before = near + linear * (1 + inputs.square().sum(-1))
         known = torch.linalg.solve_triangular(self.factor, across.mT, upper=False).square().sum(0)
-        return x + (across @ self.weights).to(x), ((before - known).clamp_min(0) + noise).to(x)
+        start = x if expected is None else expected
+        return start + (across @ self.weights).to(x), ((before - known).clamp_min(0) + noise).to(x)
 
-    def cost(self, x0: Tensor, x1: Tensor, c: Tensor) -> Tensor:
+    def cost(self, x0: Tensor, x1: Tensor, c: Tensor, expected: Tensor | None = None) -> Tensor:
         """Cost (N, M) of sending each of `x0` (N, D), at conditions `c` (N, K), to each of `x1` (M, D)."""
-        mean, variance = self.predict(x0, c)
+        mean, variance = self.predict(x0, c, expected)
         return squared_distances(mean, x1) / variance.unsqueeze(-1)
