@@ -35,6 +35,11 @@ class Anchor(NamedTuple):
         """With one more dimension behind those of the rows, against which several cells of a row broadcast."""
         return Anchor(self.mean.unsqueeze(-2), self.scale.unsqueeze(-2), self.directions.unsqueeze(-3))
 
+    def of(self, rows: Tensor) -> Anchor:
+        """Of some `rows` (...), which are True, in one dimension."""
+        mean, scale = (part.expand(*rows.shape, -1)[rows] for part in self[:2])
+        return Anchor(mean, scale, self.directions.expand(*rows.shape, -1, -1)[rows])
+
 
 class Features(NamedTuple):
     """N rows by their settings: mean and scale (M, N) and directions (M, N, L) of their observations, and what
@@ -164,7 +169,16 @@ class RandomFunctions(nn.Module):
     def features(self, settings: Tensor, known: Tensor) -> Features:
         """Rows with settings (..., S), read where `known`, as N rows in one; in double precision."""
         x = self.inputs(settings, known)
-        flat = x.reshape(-1, x.shape[-1])
+        told = known.expand(settings.shape).any(-1).flatten()
+        if int(told.sum()) + 1 >= len(told):
+            return self._features(x.reshape(-1, x.shape[-1]))
+        first = (~told).nonzero()[:1, 0]  # rows of which nothing is told are one
+        apart = torch.cat([told.nonzero()[:, 0], first])
+        place = torch.where(told, told.cumsum(0) - 1, len(apart) - 1)
+        return Features(*(part[:, place] for part in self._features(x.reshape(-1, x.shape[-1])[apart])))
+
+    def _features(self, flat: Tensor) -> Features:
+        """Of what the kernels see (N, P)."""
         of_shared, of_own, of_offset, noise = self.variances.unsqueeze(-1).unbind(1)  # (M, 1) each
         shared, varying = flat * self.shared_rate.unsqueeze(1), flat[:, self.varying] * self.own_rate.unsqueeze(1)
         near = kernel(shared, self.inducing)  # (M, N, I)

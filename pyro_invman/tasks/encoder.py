@@ -102,21 +102,28 @@ class TaskEncoder(nn.Module):
         with torch.no_grad():
             base, (cells, measured) = context.base_of_tasks, context.row_cells(rows)
             anchor = anchor or base.anchor(cells, measured)
-            directions, residuals = (part.to(rows) for part in base.measurements(cells, measured, anchor)[:2])
+            anchor = None if anchor is None else anchor.of(evident)
+            told = base.measurements(cells[evident], measured[evident], anchor)
+            directions, residuals = told.directions.to(rows), told.residuals.to(rows)
+        number, rows = rows.shape[:-1], rows[evident]  # (R, D): what has no observation adds nothing
         known, rows = ~rows.isnan(), rows.nan_to_num(0.0)
         blank = rows.new_zeros(*rows.shape[:-1], self.latent_dim)
         unknown = torch.zeros_like(blank, dtype=torch.bool)
-        counted = evident.to(rows).unsqueeze(-1)
         belief = prior
+
+        def of_rows(part: Tensor) -> Tensor:
+            """Of tasks (..., L), for each of their rows (R, L)."""
+            return part.detach().unsqueeze(-2).expand(*number, -1)[evident]
+
         for turn in range(self.rounds):
             mean, factor = belief.scale_tril()
             spread = factor.square().sum(-1).sqrt()
             known_latent = unknown if turn == 0 else ~unknown
-            shown = blank + mean.detach().unsqueeze(-2) if turn else blank
+            shown = of_rows(mean) if turn else blank
             seen = context(torch.cat([rows, shown], -1), torch.cat([known, known_latent], -1), anchor)
             beside = torch.cat(
                 [
-                    spread.detach().log().unsqueeze(-2).expand_as(blank),
+                    of_rows(spread.log()),
                     residuals.clamp(-10, 10),
                     directions.flatten(-2).clamp(-10, 10),
                 ],
@@ -126,11 +133,12 @@ class TaskEncoder(nn.Module):
             correction = self.out(nn.functional.silu(self.norm(hidden)))
             correction = correction.unflatten(-1, (self.worth, self.latent_dim + 2))
             turned, moved, gate = correction.split([self.latent_dim, 1, 1], -1)
-            gate = gate.clamp(-8.0, 1.0).exp() * counted.unsqueeze(-1)
+            gate = gate.clamp(-8.0, 1.0).exp()
             bare = nn.functional.pad(directions, (0, 0, 0, _MORE))
             around = nn.functional.pad(residuals, (0, _MORE)).unsqueeze(-1)
             u = gate * (bare + turned)
             e = gate * (around + moved + (turned @ shown.unsqueeze(-1)))
+            u, e = (part.new_zeros(*number, *part.shape[1:]).index_put((evident,), part) for part in (u, e))
             u, e = u.flatten(-3, -2), e.flatten(-3, -2)
             belief = Belief(prior.precision + u.mT @ u, prior.shift + (u.mT @ e).squeeze(-1))
         return belief

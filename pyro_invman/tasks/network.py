@@ -148,14 +148,17 @@ class ManifoldNetwork(nn.Module):
         """log p(y | x, η, z) (..., K) of working rows (..., K, D) with NaN, each given the rows of its task before it
         unless another `anchor` is handed; `latent` broadcasts against (..., K, L)."""
         anchor = anchor or self.sequence(rows)
+        shape = torch.broadcast_shapes(rows.shape[:-1], latent.shape[:-1])
+        rows = rows.expand(*shape[len(shape) - rows.dim() + 1 :], -1)
         known = ~rows.isnan()
-        row = rows.nan_to_num(0.0)
-        shape = torch.broadcast_shapes(row.shape[:-1], latent.shape[:-1])
-        given = torch.cat([row.expand(*shape, -1), latent.expand(*shape, -1)], -1)
+        told = (known & self.evidence).any(-1)  # a row that tells nothing, as those that fill tasks up, costs nothing
+        anchor = None if anchor is None else anchor.of(told)
+        row, known, latent = rows[told].nan_to_num(0.0), known[told], latent.expand(*shape, -1)[..., told, :]
+        given = torch.cat([row.expand(*latent.shape[:-1], -1), latent], -1)
         seen = F.pad(known & ~self.evidence, (0, self.latent_dim), value=True)
-        wanted = known[..., self.columns]
-        answers = row[..., self.columns].expand(*shape, -1)
-        return self.flow.log_prob(given, seen, self.columns, answers, wanted, anchor)
+        answers = row[..., self.columns].expand(*latent.shape[:-1], -1)
+        scores = self.flow.log_prob(given, seen, self.columns, answers, known[..., self.columns], anchor)
+        return scores.new_zeros(shape).masked_scatter(told.expand(shape), scores)
 
     def dream(self, rows: Tensor, latent: Tensor, generator: torch.Generator | None) -> Tensor:
         """Rows (..., D) like `rows`, with observations drawn given their settings and `latent` (..., L)."""
