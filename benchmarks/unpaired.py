@@ -262,8 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     packages = ["torch", "numpy", "pot", "torchdiffeq", "pyro-ppl", *["torchcfm"] * unpaired_peers.is_there()]
+    versions = {name: importlib.metadata.version(name) for name in packages}
     results |= {
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": results.get("versions", {}) | versions,  # what is kept may be of a library that is not here now
         "machine": machine(),
         "seed": arguments.seed,
     }
