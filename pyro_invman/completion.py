@@ -14,6 +14,7 @@ References:
     Wei & Tanner, *A Monte Carlo implementation of the EM algorithm and the poor man's data augmentation algorithms*,
         JASA 1990.
     Little & Rubin, *Statistical analysis with missing data*, 2019.
+    Kim & Yu, *A semiparametric estimation of mean functionals with nonignorable missing data*, JASA 2011.
 """
 
 from __future__ import annotations
@@ -95,18 +96,24 @@ class Completer:
         self.density, self.standardization, self.variables = density, standardization, variables
         self.mechanism, self.simulator, self.proposals = mechanism, simulator, proposals
         self.recorded: tuple[str, ...] = ()
+        self.learned_from_recorded = False
         like = standardization.inverse(density.complete(self._working(like), torch.Generator().manual_seed(0)).double())
         if mechanism is not None:
             self.recorded = spoken_of(mechanism, variables, like)
             log_recorded(mechanism, variables, like, torch.ones_like(like), self.recorded)
         if simulator is not None:
             simulator.draw(variables, like, torch.Generator().manual_seed(0))
-            simulator.log_prob(variables, like)
+            self._has_density = simulator.log_prob(variables, like) is not None
 
     @property
     def declared(self) -> bool:
         """Whether anything but the rows is known."""
         return self.mechanism is not None or self.simulator is not None
+
+    @property
+    def counts_what_is_declared(self) -> bool:
+        """Whether the evidence has the declared laws in it; of a simulator that only draws it has not."""
+        return self.simulator is None or self._has_density
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, number: int, generator: torch.Generator) -> Completed:
@@ -175,6 +182,9 @@ class Completer:
             recorded = log_recorded(
                 self.mechanism, self.variables, natural[index], seen.repeat(times, 1)[index], self.recorded
             )
+            if self.learned_from_recorded:
+                whole = torch.ones_like(natural[index], dtype=torch.bool)
+                recorded = recorded - log_recorded(self.mechanism, self.variables, natural[index], whole, self.recorded)
             log_weight[index] += recorded
             weighted |= open_
         log_weight = log_weight.unflatten(0, (times, len(rows)))
@@ -222,7 +232,9 @@ def rounds(
     The first draws are the Gaussian base's, which is right for what is linear even where nothing was observed, unless
     what was trained describes the held-out cells better by more than two standard errors. Where a mechanism is
     declared, rounds of the base alone come first: each takes a share of what is left of an error away, and they cost
-    little.
+    little. First draws from what was trained are of the law among *recorded* values, which has another of the hidden
+    ones beside it, p(v | hidden) ∝ p(v | recorded) p(hidden | v) / p(recorded | v): they are weighted by that, once.
+    Where a simulator only draws, the evidence knows nothing of it, and no round is taken back.
 
     Arguments:
         learned: natural rows (N, D) to learn from, drawn within their rounding.
@@ -248,9 +260,10 @@ def rounds(
         completer.density = trained
     for number in range(1, plan.rounds + 1):
         generator = torch.Generator().manual_seed(seed + 7919 * number)
+        completer.learned_from_recorded = number == 1 and completer.density is trained
         pool = completer(learned(generator), draws[0], generator)
         checked = completer(held_out, draws[1], generator)
-        completer.density = trained
+        completer.density, completer.learned_from_recorded = trained, False
         before = {name: value.clone() for name, value in trained.state_dict().items()}
         if completer.declared:  # by the rows alone the base is right already, its likelihood is the observed cells'
             completer.density.refit_base(pool.rows.flatten(0, 1))
@@ -259,7 +272,7 @@ def rounds(
         mean, least = (float(weighted.mean()), float(weighted.min())) if len(weighted) else (math.nan, math.nan)
         now = evidence()
         (rise, error), last = _mean(now - last), now
-        kept = rise >= -2 * error
+        kept = rise >= -2 * error or not completer.counts_what_is_declared
         found.append(Round(records, float(now.mean()), kept, mean, least))
         if not kept:
             trained.load_state_dict(before)

@@ -121,6 +121,30 @@ def test_a_mechanism_weights_draws_as_bayes_rule_does():
     assert bool(seen.effective.isnan().all())
 
 
+def test_draws_of_the_law_among_recorded_values_are_weighted_to_that_of_hidden_ones():
+    """p(x2 | x1, hidden) ∝ p(x2 | x1, recorded) Φ(x2) / Φ(-x2), its mean by quadrature."""
+    process = LinearGaussian(
+        pim.Variables([pim.Variable(n, r) for n, r in PAIR.items()]),
+        torch.zeros(2),
+        torch.tensor([[1.0, 0.8], [0.8, 1.0]]),
+    )
+
+    def mildly(row):
+        pyro.sample("x2", dist.Bernoulli(torch.special.ndtr(-row["x2"]).clamp(1e-12, 1 - 1e-12)))
+
+    work = completer(gaussian_flow(process), mildly, proposals=4000)
+    work.learned_from_recorded = True
+    x1 = torch.tensor([-2.0, -1.0, 0.0], dtype=torch.float64)
+    found = work(torch.stack([x1, torch.full_like(x1, NAN)], -1), 4000, torch.Generator().manual_seed(0))
+    places = torch.linspace(-6, 4, 4001, dtype=torch.float64)
+    log = Normal(0.8 * x1, 0.6).log_prob(places.unsqueeze(-1))
+    log = log + (torch.special.log_ndtr(places) - torch.special.log_ndtr(-places)).unsqueeze(-1)
+    exact = (log.softmax(0) * places.unsqueeze(-1)).sum(0)
+    drawn = work.standardization.inverse(found.rows)[..., 1].mean(0)
+    torch.testing.assert_close(drawn, exact, rtol=0, atol=0.1)
+    assert float((exact - 0.8 * x1).min()) > 0.3
+
+
 def test_rounds_of_the_base_alone_reach_the_greatest_likelihood():
     """Of x2 given x1, hidden with probability Φ(2 x2 − 1), the likelihood is closed: log N of a cell that is seen,
     log Φ((2 m − 1) / √(1 + 4 s²)) of one that is not. From a fit to the observed cells, which is far off."""
@@ -175,6 +199,32 @@ def test_a_round_that_describes_held_out_cells_worse_is_taken_back():
         assert [each.kept for each in done] == kept
         for name, value in flow.density.state_dict().items():
             assert torch.equal(value, before[name])
+
+
+def test_no_round_is_taken_back_where_the_evidence_knows_nothing_of_what_is_declared():
+    """A simulator that only draws; with the density the round goes."""
+    variables = pim.Variables([pim.Variable("x", "parameter"), pim.Variable("y", "observation")])
+    flow = gaussian_flow(LinearGaussian(variables, torch.zeros(2), torch.diag(torch.tensor([1.0, 5.0]))))
+    x, noise = torch.randn(2, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half = torch.arange(400) % 2 == 0
+    rows = torch.stack([x.where(half, NAN), (2 * x + noise).where(~half, NAN)], -1)
+
+    def ruin(number: int, pool: Tensor, checked: Tensor) -> list:
+        flow.density.out.bias.data.add_(0.5)
+        return []
+
+    found = []
+    for function in (
+        lambda row: {"y": 2 * row["x"] + torch.randn_like(row["x"])},
+        lambda row: pyro.sample("y", dist.Normal(2 * row["x"], 1.0)),
+    ):
+        work = completer(flow, None, pim.Simulator(function, ["x"], ["y"]))
+        done = completion.rounds(
+            work, lambda _: rows[:200], rows[200:], ruin, completion.Completion(), (1, 1), 0, flow.density.as_base()
+        )
+        found.append([each.kept for each in done])
+    assert all(found[0])
+    assert found[1] == [False]
 
 
 def test_a_trained_flow_without_what_it_learned_is_its_base():
