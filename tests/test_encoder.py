@@ -63,6 +63,18 @@ def test_a_row_of_nan_is_a_row_left_out(network):
     torch.testing.assert_close(network.infer(padded, before), network.infer(rows, before), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_rows_that_fill_a_task_up_are_worth_nothing_and_move_no_other(network):
+    few, many = rows_of(3), rows_of(5, seed=2)
+    batch = torch.stack([torch.cat([few, torch.full((2, 6), NAN)]), many])
+    latent = torch.randn(7, 2, 1, 2)
+    found = network.evidence_of(batch, latent)
+    assert found.shape == (7, 2, 5)
+    torch.testing.assert_close(found[:, 0, :3], network.evidence_of(few, latent[:, 0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, 1], network.evidence_of(many, latent[:, 1]), atol=1e-4, rtol=1e-4)
+    assert (found[:, 0, 3:] == 0).all()
+
+
 def test_duplicates_count_as_evidence(network):
     rows, before = rows_of(4), network.before(torch.empty(0))
     once, twice = (network.infer(part, before) for part in (rows, rows.repeat(2, 1)))

@@ -97,6 +97,18 @@ def test_anchors_are_differentiable_in_the_settings(functions):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_rows_of_which_nothing_is_told_are_worked_out_once_and_stand_where_they_stood(functions):
+    settings = torch.linspace(-1.5, 1.5, 6, dtype=F64).unsqueeze(-1)
+    known = torch.tensor([[False], [True], [False], [False], [True], [False]])
+    together = functions.features(settings, known)
+    for row in range(6):
+        for whole, alone in zip(
+            together, functions.features(settings[row : row + 1], known[row : row + 1]), strict=True
+        ):
+            torch.testing.assert_close(whole[:, row : row + 1], alone, rtol=1e-12, atol=1e-12)
+
+
 def test_missing_settings_are_read_as_such_where_training_rows_miss_them():
     s, y, task = bent_tasks(40, 10, seed=3)
     extra = torch.randn(len(s), 1, generator=torch.Generator().manual_seed(0), dtype=F64)
