@@ -54,7 +54,7 @@ def _text(report: dict[str, Any]) -> str:
         f"typicality p = {p:.3g}: {verdict}",
         "",
         "Known tasks by likeness (0: nothing in common or nothing known, 1: the same):",
-        table(report["nearest"]),
+        table([each | {"likeness": round(each["likeness"], 3)} for each in report["nearest"]]),
         "",
         "Its latent (before any row: mean 0, sd 1):",
         table(report["latent"]),
