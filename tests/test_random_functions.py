@@ -97,7 +97,6 @@ def test_anchors_are_differentiable_in_the_settings(functions):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_rows_of_which_nothing_is_told_are_worked_out_once_and_stand_where_they_stood(functions):
     settings = torch.linspace(-1.5, 1.5, 6, dtype=F64).unsqueeze(-1)
     known = torch.tensor([[False], [True], [False], [False], [True], [False]])
@@ -146,3 +145,30 @@ def test_many_tasks_of_few_rows_tell_the_length_scales_of_their_own_functions():
     found = hyperparameters(x, everywhere, y, torch.ones(len(y), dtype=torch.bool), task, 0)
     assert (found.own - math.log(length)).abs().max() < 0.3
     assert (found.variances[1:] / torch.tensor([0.5, 0.3, noise])).log().abs().max() < 0.5
+
+
+@torch.no_grad()
+def test_a_truth_shown_in_one_row_of_a_task_is_what_further_rows_tell_of_it():
+    """Of y1 = sin(2 s) + a s + b and y2 = s² + b, with a and b in the first row of every task that is learned from."""
+
+    def with_truths(tasks: int, seed: int):
+        s, y, task = bent_tasks(tasks, 10, seed=seed)
+        truth = 0.5 * torch.randn(tasks, 2, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        return s, y, task, truth
+
+    s, y, task, truth = with_truths(120, 0)
+    first = torch.arange(len(s)) % 10 == 0
+    shown = torch.where(first.unsqueeze(-1), truth[task], NAN)
+    whole = torch.tensor([False, False, True, True])
+    functions = RandomFunctions.fitted(s, torch.cat([y, shown], -1), task, latent_dim=2, constant=whole)
+    s, y, task, truth = with_truths(100, 1)
+    blank = torch.full_like(y, NAN)
+    precision, shift = measured(functions, s, torch.cat([y, blank], -1)).posterior(task, 100)
+    anchor = functions.anchor(s[::10], torch.ones_like(s[::10], dtype=torch.bool))
+    directions, spread = anchor.directions[:, 2:], torch.linalg.inv(precision)
+    mean = anchor.mean[:, 2:] + (directions @ spread @ shift.unsqueeze(-1)).squeeze(-1)
+    variance = (directions @ spread @ directions.mT).diagonal(dim1=-2, dim2=-1) + functions.variances[2:, 3]
+    off = mean - truth
+    assert off.square().mean().sqrt() < 0.08  # of truths that vary by 0.5
+    assert variance.sqrt().max() < 0.2
+    assert 0.3 < float((off.square() / variance).mean()) < 2.0

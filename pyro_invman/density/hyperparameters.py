@@ -10,11 +10,13 @@ from torch import Tensor
 
 _FLOAT = torch.float64
 JITTER = 1e-6
+_FLAT = 6.0  # log length scale of an input that says nothing
+_BLUR = 0.01  # of its offset's variance, in which one value a task varies about itself
 
 
 class Hyperparameters(NamedTuple):
-    """Of one observation: length scales (P,) and (V,) of the shared and the task function; variances of the shared
-    function, the task function, the task's offset and the noise (4,)."""
+    """Of one observation: logarithms of the length scales (P,) and (V,) of the shared and the task function; variances
+    of the shared function, the task function, the task's offset and the noise (4,)."""
 
     shared: Tensor
     own: Tensor
@@ -58,12 +60,20 @@ def hyperparameters(
     task: Tensor,
     seed: int,
     near: Hyperparameters | None = None,
+    constant: bool = False,
 ) -> Hyperparameters:
     """The mode of one observation's marginal likelihood under wide priors: on 500 rows of whole tasks from three
-    starts, or, if it is known to be `near`, on 1,500 of all tasks from there."""
+    starts, or, if it is known to be `near`, on 1,500 of all tasks from there.
+
+    One that is `constant` in a task is a function of what is constant there, and the task's offset: rows of which each
+    task shows one would not tell that from a function of the task, or from noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = seen.nonzero()[:, 0]
-    chosen = _whole(task[rows], 500, generator) if near is None else _evenly(task[rows], 1500, generator)
+    if constant:  # one of each task
+        chosen = _evenly(task[rows], min(1500, len(task[rows].unique())), generator)
+    else:
+        chosen = _whole(task[rows], 500, generator) if near is None else _evenly(task[rows], 1500, generator)
     rows = rows[chosen]
     x, y, same = x[rows], y[rows], (task[rows].unsqueeze(-1) == task[rows]).to(_FLOAT)
     own = x[:, varying]
@@ -76,13 +86,19 @@ def hyperparameters(
     width = torch.tensor([3.0] * (inputs + owned) + [4.0] * 4, dtype=_FLOAT)
     eye = torch.eye(len(y), dtype=_FLOAT)
 
+    def read(theta: Tensor) -> Hyperparameters:
+        shared, length, variances = theta.clamp(-9.0, _FLAT).split(sizes)
+        v = variances.exp()
+        if constant:
+            shared, v = torch.where(varying, _FLAT, shared), torch.stack([v[0], _BLUR * v[2], v[2], _BLUR * v[2]])
+        return Hyperparameters(shared, length, v)
+
     def negative(theta: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log posterior density, and its gradient."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_(True)
-            shared, length, variances = theta.clamp(-9.0, 6.0).split(sizes)
-            v = variances.exp()
-            a, b = x * shared.neg().exp(), own * length.neg().exp()
+            found = read(theta)
+            a, b, v = x * found.shared.neg().exp(), own * found.own.neg().exp(), found.variances
             covariance = v[0] * kernel(a, a) + same * (v[1] * kernel(b, b) + v[2]) + (v[3] + JITTER) * eye
             with torch.no_grad():  # the gradient of the normal in closed form spares that of the factor
                 factor = torch.linalg.cholesky(covariance)
@@ -96,8 +112,7 @@ def hyperparameters(
         return value + prior.detach(), theta.grad
 
     def found_from(start: Tensor, steps: int) -> Hyperparameters:
-        shared, length, variances = _minimise(negative, start, steps)[1].clamp(-9.0, 6.0).split(sizes)
-        return Hyperparameters(shared, length, variances.exp())
+        return read(_minimise(negative, start, steps)[1])
 
     if near is not None:
         return found_from(torch.cat([near.shared, near.own, near.variances.log()]), 40)

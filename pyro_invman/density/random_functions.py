@@ -238,6 +238,7 @@ class RandomFunctions(nn.Module):
         like: RandomFunctions | None = None,
         optional: Tensor | None = None,
         group: Tensor | None = None,
+        constant: Tensor | None = None,
     ) -> RandomFunctions:
         """Fits settings (N, S) and observations (N, M) with NaN, of tasks (N,) numbered from 0.
 
@@ -249,6 +250,7 @@ class RandomFunctions(nn.Module):
             like: length scales and variances are sought near these.
             optional: settings (S,) that may be missing, beside those that are missing here.
             group: of each task (T,), from 0: `without` shows the shared function as learned without one of them.
+            constant: observations (M,) that are one value a task, however many rows show it.
         """
         known = ~settings.isnan()
         optional = ~known.all(0) if optional is None else optional | ~known.all(0)
@@ -261,7 +263,11 @@ class RandomFunctions(nn.Module):
         offset = answers.to(_FLOAT).nan_to_num(0.0).sum(0) / seen.sum(0).clamp_min(1)
         y = torch.where(seen, answers.to(_FLOAT) - offset, 0.0)
         near = [None] * y.shape[1] if like is None else like.hyperparameters()
-        each = [hyperparameters(x, varying, y[:, q], seen[:, q], task, seed, start) for q, start in enumerate(near)]
+        flat = [False] * y.shape[1] if constant is None else constant.tolist()
+        each = [
+            hyperparameters(x, varying, y[:, q], seen[:, q], task, seed, *how)
+            for q, how in enumerate(zip(near, flat, strict=True))
+        ]
         rates = torch.stack([h.shared for h in each]).neg().exp()
         own_rates = torch.stack([h.own for h in each]).neg().exp()
         variances = torch.stack([h.variances for h in each])

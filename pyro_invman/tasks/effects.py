@@ -48,9 +48,18 @@ class TaskEffects(nn.Module):
         return len(self.answers)
 
     @torch.no_grad()
-    def fit(self, cells: Tensor, task: Tensor, bend: bool = True, seed: int = 0, group: Tensor | None = None) -> None:
+    def fit(
+        self,
+        cells: Tensor,
+        task: Tensor,
+        bend: bool = True,
+        seed: int = 0,
+        group: Tensor | None = None,
+        constant: Tensor | None = None,
+    ) -> None:
         """Fits rows (N, E) with NaN of tasks (N,), each of a `group` (T,): what bends is fitted to all and can leave
-        one out (`without`), what is linear never sees those of group 0, which are held out.
+        one out (`without`), what is linear never sees those of group 0, which are held out. Cells (E,) that are
+        `constant` are one value a task.
 
         With functions if they may `bend` and, learned from three quarters of the tasks, describe the others better than
         what is linear does, by more than a tenth of a nat a task.
@@ -58,7 +67,9 @@ class TaskEffects(nn.Module):
         tasks = int(task.max()) + 1
         self.functions = None
         if bend and tasks >= _FEWEST_TASKS and len(self.settings):
-            self.functions = self._functions(cells, task, tasks, seed, group)
+            self.functions = self._functions(
+                cells, task, tasks, seed, group, None if constant is None else constant[self.answers]
+            )
         if self.functions is None:
             learned = torch.ones_like(task, dtype=torch.bool) if group is None else group[task] != HELD_OUT
             self.effects.fit(cells[learned], task[learned].unique(return_inverse=True)[1])
@@ -79,13 +90,13 @@ class TaskEffects(nn.Module):
         return nullcontext() if self.functions is None or group is None else self.functions.without(group)
 
     def _functions(
-        self, cells: Tensor, task: Tensor, tasks: int, seed: int, group: Tensor | None
+        self, cells: Tensor, task: Tensor, tasks: int, seed: int, group: Tensor | None, constant: Tensor | None
     ) -> RandomFunctions | None:
         order = torch.randperm(tasks, generator=torch.Generator().manual_seed(seed))
         apart = (order[: max(2, tasks // 4)] == task.unsqueeze(-1)).any(-1)
         learned = task[~apart].unique(return_inverse=True)[1]
         optional = cells[:, self.settings].isnan().any(0)
-        bent = self._fitted(cells[~apart], learned, seed, optional)
+        bent = self._fitted(cells[~apart], learned, seed, optional, constant)
         read = apart & bent.readable(~cells[:, self.settings].isnan())
         rows, of = cells[read], task[read].unique(return_inverse=True)[1]
         linear = RandomEffects(self._is_setting(), self.latent_dim)
@@ -95,7 +106,7 @@ class TaskEffects(nn.Module):
         gain = torch.stack([self._evidence(bent, rows[of == t]) for t in range(number)])
         gain = gain - alone.log_evidence(of, number)
         better = number > 0 and float(gain.mean()) > _MARGIN
-        return self._fitted(cells, task, seed, optional, bent, group) if better else None
+        return self._fitted(cells, task, seed, optional, constant, bent, group) if better else None
 
     def _evidence(self, functions: RandomFunctions, rows: Tensor) -> Tensor:
         """Log-density () of the observations of one task's rows (K, E), in blocks of 512, given their settings."""
@@ -119,6 +130,7 @@ class TaskEffects(nn.Module):
         task: Tensor,
         seed: int,
         optional: Tensor,
+        constant: Tensor | None,
         like: RandomFunctions | None = None,
         group: Tensor | None = None,
     ) -> RandomFunctions:
@@ -131,6 +143,7 @@ class TaskEffects(nn.Module):
             like=like,
             optional=optional,
             group=group,
+            constant=constant,
             iterations=_ROUNDS if like is None else 8,
         )
 

@@ -94,11 +94,12 @@ class ManifoldNetwork(nn.Module):
         self.constant.copy_(constant_columns(values, task))
         self.learn_links(values)
         cells, known = context.row_cells(values)
+        owner = context.owner[: cells.shape[-1]]
+        whole = truths(values, task, self.constant, self.roles)[owner]
         # functions of settings that some observation was never measured with would carry a link over to it
         answered = bool((self.links[~self.evidence][:, self.evidence] > 0).all())
-        self.base.fit(torch.where(known, cells, math.nan), task, bend and answered, seed, group)
+        self.base.fit(torch.where(known, cells, math.nan), task, bend and answered, seed, group, whole)
         if self.flow.links is not None:
-            owner = context.owner[: cells.shape[-1]]
             own = owner.unsqueeze(-1) == owner
             self.base.separate(self.flow.links.linked[owner][:, owner] | own)
         blank = values.new_full((len(values), self.latent_dim), math.nan)
@@ -265,5 +266,17 @@ def constant_columns(values: Tensor, task: Tensor) -> Tensor:
     low = low.scatter_reduce(0, index, values.nan_to_num(math.inf), "amin")
     high = values.new_full((tasks, dim), -math.inf)
     high = high.scatter_reduce(0, index, torch.where(seen, values, -math.inf), "amax")
-    times = torch.zeros(tasks, dim).index_add(0, task, seen.float())
+    times = _times(values, task)
     return ((low >= high) | (times == 0)).all(0) & (times > 1).any(0)
+
+
+def truths(values: Tensor, task: Tensor, constant: Tensor, roles: Tensor) -> Tensor:
+    """Which columns (D,) of rows (N, D) are one value a task: those that are `constant`, and parameters that no task
+    shows twice."""
+    return constant | ((roles == 0) & (_times(values, task) <= 1).all(0))
+
+
+def _times(values: Tensor, task: Tensor) -> Tensor:
+    """How often each task shows each column (T, D)."""
+    shown = (~values.isnan()).to(values)
+    return shown.new_zeros(int(task.max()) + 1, values.shape[1]).index_add(0, task, shown)
