@@ -134,6 +134,39 @@ def test_a_task_is_inferred_from_both(manifold):
     assert float(cheap.latent.covariance_matrix.det()) < 0.9
 
 
+def test_what_a_source_is_off_by_in_a_task_stays_however_many_rows_it_shows(manifold):
+    """An instrument that is set up anew for each task, off by a third of each observation's spread."""
+    drift = 0.3 * SPREAD
+
+    def set_up(rows: torch.Tensor, task: torch.Tensor, seed: int) -> torch.Tensor:
+        off = torch.randn(int(task.max()) + 1, len(OBSERVED), generator=torch.Generator().manual_seed(seed)).double()
+        shown = seen_by_cheap(rows, seed)
+        shown[:, OBSERVED] += drift * off[task]
+        return shown
+
+    ds = PROCESS.sample(60, 24, seed=3, missing=0.2)
+    values, task = to_tensor(ds, PROCESS.variables), torch.arange(60).repeat_interleave(24)
+    cheap = torch.arange(len(values)) % 24 >= 12
+    values = torch.where(cheap.unsqueeze(-1), set_up(values, task, 3), values)
+    labels = ["cheap" if other else "lab" for other in cheap.tolist()]
+    ds = from_tensor(values, PROCESS.variables).assign_coords(task=ds.task, source=("row", labels))
+    kept = manifold.sources
+    try:
+        manifold._learn_sources(ds)
+        found = manifold.sources.bias_scale[0] * manifold.standardization.scale[OBSERVED]
+        torch.testing.assert_close(found, drift, rtol=0.4, atol=0)
+        off = []
+        for seed in range(40):
+            row = PROCESS.sample(1, 40, seed=100 + seed)
+            rows = to_tensor(row, PROCESS.variables)
+            belief = informed(manifold, set_up(rows, torch.zeros(40, dtype=torch.long), 100 + seed))
+            away = belief.mean() - PROCESS.task_posterior(to_tensor(row, PROCESS.variables)).loc
+            off.append(away @ belief.precision @ away / len(away))
+        assert 0.5 < float(torch.stack(off).mean()) < 1.6
+    finally:
+        manifold.sources = kept
+
+
 def test_it_is_kept_and_the_history_is_the_references(tmp_path):
     ds = two_sources(12, 8, 3)
     manifold = pim.ProcessManifold.from_dataset(ds, latent_dim=2, reference_source="lab", **SMALL)

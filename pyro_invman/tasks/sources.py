@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invman.data import labels_of
@@ -19,24 +20,27 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _BIAS, _LOG_GAIN, _LOG_NOISE = (0.0, 1.0), (0.0, 0.5), (math.log(0.5), 1.0)  # mean and scale over sources
+_LOG_DRIFT = (math.log(0.1), 1.0)
 _STEPS = 60
 
 
 class Sources(nn.Module):
     r"""Sources beside the reference, each of which shows observation v in working coordinates as
 
-    .. math:: \hat v = b + g v + \tau \varepsilon, \qquad \varepsilon \sim N(0, 1),
+    .. math:: \hat v = b_t + g v + \tau \varepsilon, \qquad \varepsilon \sim N(0, 1), \qquad b_t \sim N(b, \omega^2),
 
-    with a bias, gain and noise for each observation, normal over sources: b ~ N(0, 1), log g ~ N(0, 0.5²) and
-    log τ ~ N(log 0.5, 1). They are the most probable ones, latents integrated out, and the bias is as uncertain as the
-    curvature there says. Under the closed form rows of a source are linear measurements of latent and biases together;
-    what they say of the latent alone is left when the biases are integrated out:
+    with a bias, its drift from task to task, a gain and a noise for each observation, normal over sources: b ~ N(0, 1),
+    log ω ~ N(log 0.1, 1), log g ~ N(0, 0.5²) and log τ ~ N(log 0.5, 1). They are the most probable ones, latents and
+    tasks' biases integrated out, and b is as uncertain as the curvature there says. What a source is off by in a task
+    stays, however many rows it shows. Under the closed form rows of a source are linear measurements of latent and
+    biases together; what they say of the latent alone is left when the biases are integrated out:
 
     .. math:: \Lambda = \Lambda_{zz} - \Lambda_{zb} \Lambda_{bb}^{-1} \Lambda_{bz}, \qquad
               h = h_z - \Lambda_{zb} \Lambda_{bb}^{-1} h_b.
 
-    A source met in learning has a bias that is nearly known. One that was not has the prior's, so that its first rows
-    say little about levels and much about differences. Discrepancy counts as noise.
+    A source met in learning has a bias that is known but for its drift. One that was not has the prior's, so that its
+    first rows say little about levels and much about differences. Discrepancy that changes within a task counts as
+    noise.
 
     Arguments:
         names: of the J sources.
@@ -125,7 +129,7 @@ def apart(ds: xr.Dataset, reference: str | None) -> tuple[xr.Dataset, xr.Dataset
     return ds.isel(row=own), ds.isel(row=others), [names[n] for n in others]
 
 
-Instrument = tuple[Tensor, Tensor, Tensor, Tensor]  # bias, its scale, log gain and log noise (M,)
+Instrument = tuple[Tensor, Tensor, Tensor, Tensor]  # bias, its scale in one task, log gain and log noise (M,)
 
 
 def _prior(network: ManifoldNetwork, tasks: int) -> tuple[Tensor, Tensor]:
@@ -184,17 +188,20 @@ def _heard(law: NormalRows, answers: Tensor, seen: Tensor, instrument: Instrumen
     return Heard(instrument, both, shift)
 
 
-def _fitted(law: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, before: tuple[Tensor, Tensor]) -> Instrument:
+def _fitted(rows: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, before: tuple[Tensor, Tensor]) -> Instrument:
     """The most probable instrument of rows (N, M) of tasks (N,) with beliefs `before`, and the scale of its bias."""
-    means, scales = torch.tensor([_BIAS, _LOG_GAIN, _LOG_NOISE], dtype=torch.float64).T
-    number = answers.shape[-1]
+    means, scales = torch.tensor([_BIAS, _LOG_GAIN, _LOG_NOISE, _LOG_DRIFT], dtype=torch.float64).T
+    number, tasks = answers.shape[-1], len(before[1])
     centre = means.repeat_interleave(number)
     spread = scales.repeat_interleave(number)
+    wide = F.pad(before[0], (0, number, 0, number)), F.pad(before[1], (0, number))
 
     def loss(theta: Tensor) -> Tensor:
-        bias, log_gain, log_noise = (part.expand_as(answers) for part in theta.reshape(3, number))
-        shown = law.through(bias, log_gain.exp(), log_noise.exp())
-        evidence = shown.log_evidence(torch.where(seen, answers - shown.mean, 0.0), seen, task, before)
+        *shown, log_drift = theta.reshape(4, number)
+        bias, log_gain, log_noise = (part.expand_as(answers) for part in shown)
+        law = _with_bias(rows.through(bias, log_gain.exp(), log_noise.exp()))
+        drift = F.pad((-2 * log_drift).exp(), (len(wide[1][0]) - number, 0)).diag_embed().expand(tasks, -1, -1)
+        evidence = law.log_evidence(torch.where(seen, answers - law.mean, 0.0), seen, task, (wide[0] + drift, wide[1]))
         return 0.5 * ((theta - centre) / spread).square().sum() - evidence.sum()
 
     with torch.enable_grad():
@@ -210,6 +217,6 @@ def _fitted(law: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, before
         optimizer.step(closure)
         curvature: Tensor = torch.autograd.functional.hessian(loss, theta.detach())
     covariance = torch.linalg.inv((curvature + curvature.mT) / 2)
-    found = theta.detach().reshape(3, number)
-    scale = covariance.diagonal()[:number].clamp(1e-12, _BIAS[1] ** 2).sqrt()
-    return found[0], scale, found[1], found[2]
+    bias, log_gain, log_noise, log_drift = theta.detach().reshape(4, number)
+    variance = covariance.diagonal()[:number].clamp_min(1e-12) + (2 * log_drift).exp()
+    return bias, variance.clamp_max(_BIAS[1] ** 2).sqrt(), log_gain, log_noise
