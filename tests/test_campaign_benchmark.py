@@ -17,10 +17,10 @@ def test_candidates_show_settings_and_what_was_recorded_alone():
         assert text == ",".join(seen)
 
 
-def test_training_knows_hidden_truths_in_one_row_of_half_the_tasks():
+def test_training_knows_hidden_truths_in_one_row_of_each_task():
     ds = campaign.training(0, tasks=6, rows=3)
     known = ~np.isnan(ds["absorptivity"].values)
-    assert known.sum() == 3 and len(set(ds["task"].values[known])) == 3
+    assert known.sum() == 6 and len(set(ds["task"].values[known])) == 6
     assert set(ds["source"].values[known]) == {"experiment"}
     assert set(ds["source"].values) == set(melt_pool.SOURCES)
 
