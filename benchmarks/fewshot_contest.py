@@ -310,8 +310,9 @@ def contest_table(cells: dict[str, Cell]) -> str:
                     )
                 lines.append(f"| {method} | {cells_} | {apart} |")
             ours = side[side.method == OURS].set_index("k").loc["pooled"]
-            if score == "crps" and len(methods) > 1:
-                losses = {m: paired(rows, OURS, m, "nlpd", direction) for m in methods[1:]}
+            rivals = [m for m in methods if m not in (OURS, OURS_BESIDE)]
+            if score == "crps" and rivals:
+                losses = {m: paired(rows, OURS, m, "nlpd", direction) for m in rivals}
                 rival, d = max(losses.items(), key=lambda each: each[1].mean)
                 lines += ["", f"Log loss, nats, less that of the best rival ({rival}): {d.mean:+.3f} ± {d.error:.3f}."]
             if direction == "forward":
