@@ -8,6 +8,7 @@ import torch
 from pyro_invman.density.hyperparameters import hyperparameters, kernel
 from pyro_invman.density.random_functions import RandomFunctions
 from pyro_invman.tasks.effects import TaskEffects
+from pyro_invman.tasks.network import truths
 
 F64 = torch.float64
 NAN = math.nan
@@ -172,3 +173,9 @@ def test_a_truth_shown_in_one_row_of_a_task_is_what_further_rows_tell_of_it():
     assert off.square().mean().sqrt() < 0.08  # of truths that vary by 0.5
     assert variance.sqrt().max() < 0.2
     assert 0.3 < float((off.square() / variance).mean()) < 2.0
+
+
+def test_a_parameter_that_no_task_shows_twice_is_a_truth_of_it_and_an_observation_is_not():
+    rows, task = torch.tensor([[1.0, 2.0, 3.0], [NAN, NAN, 4.0], [5.0, 6.0, NAN]]), torch.tensor([0, 0, 1])
+    roles, constant = torch.tensor([0, 1, 0]), torch.zeros(3, dtype=torch.bool)
+    assert truths(rows, task, constant, roles).tolist() == [True, False, False]

@@ -135,7 +135,7 @@ def test_a_task_is_inferred_from_both(manifold):
 
 
 def test_what_a_source_is_off_by_in_a_task_stays_however_many_rows_it_shows(manifold):
-    """An instrument that is set up anew for each task, off by a third of each observation's spread."""
+    """An instrument that is set up anew for each task, off by 0.3 of each observation's spread."""
     drift = 0.3 * SPREAD
 
     def set_up(rows: torch.Tensor, task: torch.Tensor, seed: int) -> torch.Tensor:

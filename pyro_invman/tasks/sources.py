@@ -218,5 +218,5 @@ def _fitted(rows: NormalRows, answers: Tensor, seen: Tensor, task: Tensor, befor
         curvature: Tensor = torch.autograd.functional.hessian(loss, theta.detach())
     covariance = torch.linalg.inv((curvature + curvature.mT) / 2)
     bias, log_gain, log_noise, log_drift = theta.detach().reshape(4, number)
-    variance = covariance.diagonal()[:number].clamp_min(1e-12) + (2 * log_drift).exp()
-    return bias, variance.clamp_max(_BIAS[1] ** 2).sqrt(), log_gain, log_noise
+    variance = covariance.diagonal()[:number].clamp(1e-12, _BIAS[1] ** 2) + (2 * log_drift).exp()
+    return bias, variance.sqrt(), log_gain, log_noise
